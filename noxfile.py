@@ -1,0 +1,143 @@
+"""The project's chores, each in an environment of its own: ``nox -l`` lists them."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "typing", "tests", "doctests"]
+nox.options.error_on_missing_interpreters = False
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+FLOORS = ["jax==0.10.0", "jaxlib==0.10.0", "optax==0.2.8"]
+NEWEST = ["jax", "jaxlib", "optax"]
+LINES, BRANCHES = 97.0, 92.0
+
+SMOKE = """
+import sys
+import jax.numpy as jnp
+import optloss
+
+def loss(params, x):
+    return jnp.mean((params["w"] * x - 1.0) ** 2)
+
+train_op = optloss.optimize_loss(
+    loss, global_step=0, learning_rate=0.1, optimizer="Adam", clip_gradients=1.0
+)
+state = train_op.init({"w": jnp.zeros(3)})
+for _ in range(200):
+    state, output = train_op(state, jnp.ones(3))
+assert output.loss < 1e-3, output.loss
+assert int(state.step) == 200, state.step
+strangers = {"flax", "equinox", "tensorboardX", "orbax", "pytest"} & set(sys.modules)
+assert not strangers, strangers
+print("smoke test passed:", optloss.__file__)
+"""
+
+
+def groups(*names: str) -> list[str]:
+    """Return the requirements of pyproject's dependency groups ``names``."""
+    return list(nox.project.dependency_groups(PROJECT, *names))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the layout and the style."""
+    session.install(*groups("lint"))
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the types, by mypy and by pyright."""
+    session.install("-e", ".", *groups("typing"))
+    session.run("mypy", *session.posargs)
+    session.run("pyright", *session.posargs)
+
+
+@nox.session
+@nox.parametrize(
+    "versions", [nox.param(FLOORS, id="oldest"), nox.param(NEWEST, id="newest")]
+)
+def tests(session: nox.Session, versions: list[str]) -> None:
+    """Run the suite at the oldest versions that are promised, and at the newest."""
+    session.install("--upgrade", "-e", ".", *groups("test"), *versions)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def doctests(session: nox.Session) -> None:
+    """Run every ``>>>`` of the docstrings, the README and the docs."""
+    session.install("-e", ".", *groups("test"))
+    pages = "tests/test_documents.py"
+    session.run("pytest", "--doctest-modules", "src", pages, *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, with every warning an error."""
+    session.install("-e", ".", *groups("docs"))
+    session.run(
+        "sphinx-build", "-n", "-W", "--keep-going", "docs", "docs/_build/html",
+        *session.posargs,
+    )  # fmt: skip
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks: all, or those given behind ``--``."""
+    session.install("-e", ".", *groups("bench"))
+    for script in session.posargs or sorted(Path("benchmarks").glob("bench_*.py")):
+        session.run("python", str(script))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Hold the shares of lines and branches of ``src`` that the tests reach."""
+    session.install("-e", ".", *groups("test"))
+    report = Path(session.create_tmp(), "coverage.json")
+    session.run(
+        "pytest", "--cov", "--cov-report=term-missing", f"--cov-report=json:{report}",
+        *session.posargs,
+    )  # fmt: skip
+    totals = json.loads(report.read_text())["totals"]
+    lines = 100 * (1 - totals["missing_lines"] / totals["num_statements"])
+    branches = 100 * (1 - totals["missing_branches"] / max(totals["num_branches"], 1))
+    print(
+        f"lines {lines:.1f} % (>= {LINES}), branches {branches:.1f} % (>= {BRANCHES})"
+    )
+    if lines < LINES or branches < BRANCHES:
+        session.error("the tests reach too little of src")
+
+
+@nox.session
+@nox.parametrize(
+    "versions", [nox.param(FLOORS, id="oldest"), nox.param(NEWEST, id="newest")]
+)
+def wheel(session: nox.Session, versions: list[str]) -> None:
+    """Build the sdist and from it the wheel; use the wheel with jax and optax alone."""
+    place = Path(session.create_tmp()).resolve()
+    dist = place / "dist"
+    for old in dist.glob("*"):
+        old.unlink()
+    session.run("python", "-m", "venv", str(place / "builder"))
+    python = str(place / "builder" / "bin" / "python")
+    session.run(python, "-m", "pip", "install", "-q", "build", external=True)
+    session.run(python, "-m", "build", "-o", str(dist), external=True)
+    (built,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(built).namelist()
+    if odd := [n for n in names if not n.startswith(("optloss/", "optloss-"))]:
+        session.error(f"the wheel holds more than the package: {odd}")
+    session.install(str(built), *versions)
+    with session.chdir(place):
+        session.run("python", "-I", "-W", "error", "-c", SMOKE)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run the long tests, which the suite leaves out."""
+    session.install("-e", ".", *groups("test"))
+    session.run("pytest", "-m", "soak", *session.posargs)

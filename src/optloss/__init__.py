@@ -1,0 +1,41 @@
+"""A complete, jit-compiled training step for JAX in one call, built from optax parts."""
+
+from optloss.chain import make_optimizer as make_optimizer
+from optloss.decays import cosine_decay as cosine_decay
+from optloss.decays import cosine_decay_restarts as cosine_decay_restarts
+from optloss.decays import exponential_decay as exponential_decay
+from optloss.decays import inverse_time_decay as inverse_time_decay
+from optloss.decays import linear_cosine_decay as linear_cosine_decay
+from optloss.decays import natural_exp_decay as natural_exp_decay
+from optloss.decays import noisy_linear_cosine_decay as noisy_linear_cosine_decay
+from optloss.decays import piecewise_constant as piecewise_constant
+from optloss.decays import polynomial_decay as polynomial_decay
+from optloss.norms import global_norm as global_norm
+from optloss.optimize import optimize_loss as optimize_loss
+from optloss.optimizers.registry import list_optimizers as list_optimizers
+from optloss.optimizers.registry import register_optimizer as register_optimizer
+from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
+from optloss.summaries import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
+from optloss.summaries import Histogram as Histogram
+from optloss.summaries import get_summaries as get_summaries
+from optloss.summaries import histogram as histogram
+from optloss.train_op import StepOutput as StepOutput
+from optloss.train_op import TrainOp as TrainOp
+from optloss.train_op import TrainOpState as TrainOpState
+from optloss.train_op import UpdateContext as UpdateContext
+from optloss.transforms.adaptive_clipping import adaptive_clipping as adaptive_clipping
+from optloss.transforms.clipping import clip_by_function as clip_by_function
+from optloss.transforms.clipping import clip_by_global_norm as clip_by_global_norm
+from optloss.transforms.learning_rate import (
+    inject_learning_rate as inject_learning_rate,
+)
+from optloss.transforms.learning_rate import (
+    scale_by_learning_rate as scale_by_learning_rate,
+)
+from optloss.transforms.learning_rate import set_learning_rate as set_learning_rate
+from optloss.transforms.multipliers import layerwise_decay as layerwise_decay
+from optloss.transforms.multipliers import multiply_gradients as multiply_gradients
+from optloss.transforms.noise import add_gradient_noise as add_gradient_noise
+from optloss.transforms.nonfinite import skip_nonfinite as skip_nonfinite
+from optloss.transforms.packing import pack_state as pack_state
+from optloss.transforms.packing import unpack_state as unpack_state

@@ -1,0 +1,128 @@
+"""Calling the loss and the update ops, and checking what they return."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optloss.messages import is_number, show
+
+
+class Outcome(NamedTuple):
+    """What the loss returned, taken apart."""
+
+    loss: jax.Array
+    model_state: Any
+    aux: Any
+
+
+def call_loss(
+    loss: Callable[..., Any],
+    params: Any,
+    model_state: Any,
+    ops_follow: bool,
+    args: Any,
+    kwargs: Any,
+) -> Outcome:
+    """Call the loss as the contract says, and refuse a result that does not fit it.
+
+    ``ops_follow`` tells that update ops are given, to which a loss may leave the state.
+    """
+    arguments = (params, *args) if model_state is None else (params, model_state, *args)
+    _check_arguments(loss, arguments, kwargs, model_state is not None)
+    result = loss(*arguments, **kwargs)
+    parts = result if type(result) is tuple else (result,)
+    if model_state is None:
+        if not 1 <= len(parts) <= 2:
+            raise ValueError(
+                f"optimize_loss: the loss returned {len(parts)} results. Without a "
+                "model_state it returns loss or (loss, aux); if it has one, pass it: "
+                "train_op.init(params, model_state)."
+            )
+        return Outcome(_scalar(parts[0]), None, parts[1] if len(parts) == 2 else None)
+    if len(parts) == 1 and ops_follow:
+        return Outcome(_scalar(parts[0]), model_state, None)
+    if not 2 <= len(parts) <= 3:
+        raise ValueError(
+            f"optimize_loss: the loss returned {len(parts)} results. With a model_state it "
+            "returns (loss, new_model_state) or (loss, new_model_state, aux)."
+        )
+    adopted = like_before("the loss", parts[1], model_state)
+    return Outcome(_scalar(parts[0]), adopted, parts[2] if len(parts) == 3 else None)
+
+
+def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> None:
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments, **kwargs)
+    except TypeError as error:
+        given = "params, model_state" if stateful else "params"
+        count = len(arguments) - (2 if stateful else 1)
+        advice = (
+            "If it takes no model_state, call train_op.init(params) without one."
+            if stateful
+            else "If it takes a model_state, pass it: train_op.init(params, model_state)."
+        )
+        raise ValueError(
+            f"optimize_loss: the loss {show(loss)}{signature} cannot be called with "
+            f"({given}) and {count} argument{'s' if count != 1 else ''} more: {error}. "
+            f"{advice}"
+        ) from error
+
+
+def _scalar(loss: Any) -> jax.Array:
+    if is_number(loss):
+        loss = jnp.asarray(loss, jnp.float32)
+    dtype = getattr(loss, "dtype", None)
+    if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            "optimize_loss: the loss must be a real floating scalar, got "
+            f"{show(loss)}. Reduce it first, for example with loss.mean()."
+        )
+    return jnp.asarray(loss)
+
+
+def run_update_ops(
+    ops: Sequence[Callable[..., Any]], model_state: Any, context: Any
+) -> Any:
+    """Return ``model_state`` after each of ``ops``, in order."""
+    for op in ops:
+        made = op(model_state, context)
+        model_state = like_before(f"the update op {show(op)}", made, model_state)
+    return model_state
+
+
+def like_before(who: str, new: Any, old: Any) -> Any:
+    """Return ``new`` in strong types; refuse another structure, shape or dtype."""
+    leaves, structure = jax.tree.flatten(new)
+    before, expected = jax.tree.flatten(old)
+    if structure != expected:
+        raise ValueError(
+            f"optimize_loss: {who} returned a model_state of another structure, "
+            f"{structure}, not {expected}. Return all of it, changed or not."
+        )
+    paths = jax.tree_util.tree_flatten_with_path(old)[0]
+    return jax.tree.unflatten(
+        structure,
+        [
+            _like_leaf(who, jax.tree_util.keystr(path), leaf, kept)
+            for leaf, kept, (path, _) in zip(leaves, before, paths, strict=True)
+        ],
+    )
+
+
+def _like_leaf(who: str, path: str, new: Any, old: Any) -> Any:
+    new = new if hasattr(new, "dtype") else jnp.asarray(new)
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise ValueError(
+            f"optimize_loss: {who} returned {show(new)} for model_state{path}, which is "
+            f"{show(old)}. Keep shapes and dtypes, for example with .astype(...)."
+        )
+    if jnp.issubdtype(new.dtype, jax.dtypes.extended):
+        return new
+    return jax.lax.convert_element_type(new, new.dtype)

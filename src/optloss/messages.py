@@ -1,0 +1,94 @@
+"""Checks of arguments, and the wording of what they refuse.
+
+Every refusal reads ``call(argument=value): what is wrong. What to do.`` and is a
+``ValueError`` raised when the thing is built. A traced or device value is checked by
+its shape and dtype alone: looking at its number would break tracing, or wait for the
+device.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MOST_SHOWN = 60
+
+
+def show(value: Any) -> str:
+    """Return a short text for ``value``: arrays by dtype and shape, functions by name."""
+    if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if isinstance(value, functools.partial):
+        bound = [f"{name}={show(entry)}" for name, entry in value.keywords.items()]
+        return f"{show(value.func)}({', '.join([*map(show, value.args), *bound])})"
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__name__")):
+        return value.__name__
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+
+def refusal(call: str, argument: str, value: Any, problem: str) -> ValueError:
+    """Return the error that refuses ``call(argument=value)`` because of ``problem``."""
+    return ValueError(f"{call}({argument}={show(value)}): {problem}")
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether ``value`` is a NumPy or JAX array, traced ones included."""
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether ``value`` is a real Python or NumPy number; a bool is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(
+        value, bool
+    )
+
+
+def check_number(
+    call: str,
+    argument: str,
+    value: Any,
+    accept: Callable[[float], bool],
+    requirement: str,
+) -> None:
+    """Refuse ``value`` unless it is a real number that ``accept`` takes, or a 0-d array.
+
+    ``requirement`` completes the sentence "must be ...", with what to do behind it.
+    """
+    if is_array(value):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
+        good = value.shape == () and real
+    elif is_number(value):
+        try:
+            good = accept(float(value))
+        except OverflowError:
+            good = False
+    else:
+        good = False
+    if not good:
+        raise refusal(call, argument, value, f"must be {requirement}")
+
+
+def check_bool(call: str, argument: str, value: Any) -> bool:
+    """Return ``value`` unless it is neither ``True`` nor ``False``."""
+    if not isinstance(value, bool):
+        raise refusal(call, argument, value, "must be True or False.")
+    return value
+
+
+def listing(names: Iterable[Any], most: int = 10) -> str:
+    """Return the sorted ``names`` quoted and joined, cut after ``most``."""
+    ordered = sorted(str(name) for name in names)
+    shown = ", ".join(repr(name) for name in ordered[:most])
+    return f"{shown} and {len(ordered) - most} more" if len(ordered) > most else shown
+
+
+def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """Return those of ``names`` that look most like ``name``, sorted."""
+    return sorted(difflib.get_close_matches(name, list(names), most, cutoff=0.3))

@@ -1,0 +1,217 @@
+"""Names of the leaves of a tree, and patterns that select them.
+
+A leaf's name is its path joined by ``/``: ``dense/kernel``, ``layers/0/weight``. It is
+the same whether the tree is made of dicts, lists, named tuples, dataclasses, Flax or
+Equinox modules. A pattern is a name, a glob or a compiled regular expression, and the
+first pattern that matches a name wins.
+
+Silent typos are what this module is there to prevent: a pattern that matches nothing,
+and one that earlier patterns leave nothing to, are errors.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from optloss.messages import listing, nearest, refusal, show
+from optloss.trees import is_inexact
+
+Pattern = str | re.Pattern[str]
+Predicate = Callable[[str, Any], bool]
+
+
+def is_pattern(value: Any) -> bool:
+    """Tell whether ``value`` is a name, a glob or a compiled regular expression."""
+    return isinstance(value, (str, re.Pattern))
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Return the name of every leaf of ``tree``, in the order of ``jax.tree.leaves``.
+
+    >>> leaf_names({"dense": {"kernel": 0.0, "bias": 0.0}, "scales": [1.0, 2.0]})
+    ['dense/bias', 'dense/kernel', 'scales/0', 'scales/1']
+    """
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_nnx_variable)
+    names = []
+    for path, node in nodes:
+        # An nnx Variable adds one key of its own, which `init` sees and `update` may not.
+        below = jax.tree_util.tree_flatten_with_path(node)[0]
+        cut = 1 if _is_nnx_variable(node) else 0
+        names += [_join((*path, *rest[cut:])) for rest, _ in below]
+    return names
+
+
+def _is_nnx_variable(node: Any) -> bool:
+    return any(
+        base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
+        for base in type(node).__mro__
+    )
+
+
+def _join(path: Iterable[Any]) -> str:
+    return "/".join(_segment(key) for key in path)
+
+
+def _segment(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def matcher(pattern: Pattern) -> Callable[[str], bool]:
+    """Return a function that tells whether a name matches ``pattern``.
+
+    >>> matches = matcher("layers_*/**/bias")
+    >>> matches("layers_0/bias"), matches("layers_0/mlp/bias"), matches("head/bias")
+    (True, True, False)
+    """
+    if isinstance(pattern, re.Pattern):
+        return lambda name: pattern.fullmatch(name) is not None
+    if "*" not in pattern:
+        return lambda name: name == pattern
+    regex = re.compile(_regex_of_glob(pattern), re.DOTALL)
+    return lambda name: name == pattern or regex.fullmatch(name) is not None
+
+
+def _regex_of_glob(glob: str) -> str:
+    parts = glob.split("/")
+    regex = ""
+    for i, part in enumerate(parts):
+        first, last = i == 0, i == len(parts) - 1
+        if part != "**":
+            slash = "" if first or parts[i - 1] == "**" else "/"
+            regex += slash + _regex_of_segment(part)
+        elif first and last:
+            regex += ".*"
+        elif last:
+            regex += "(?:/[^/]+)*"
+        else:
+            slash = "" if first or parts[i - 1] == "**" else "/"
+            regex += slash + "(?:[^/]+/)*"
+    return regex
+
+
+def _regex_of_segment(segment: str) -> str:
+    wild = {"*": "[^/]*", "**": ".*"}
+    pieces = re.split(r"(\*+)", segment)
+    return "".join(
+        wild["**" if len(p) > 1 else "*"] if p[:1] == "*" else re.escape(p)
+        for p in pieces
+    )
+
+
+def assign(
+    call: str, patterns: Sequence[Pattern], names: Sequence[str], *, check: bool = True
+) -> list[int | None]:
+    """Return, for each name, the index of the first of ``patterns`` that matches it.
+
+    With ``check``, a pattern that matches no name, or only names that earlier patterns
+    took, is refused in the words of ``call``.
+    """
+    matchers = [matcher(pattern) for pattern in patterns]
+    assigned: list[int | None] = []
+    for name in names:
+        hits = (i for i, matches in enumerate(matchers) if matches(name))
+        assigned.append(next(hits, None))
+    if check:
+        unused = sorted(set(range(len(patterns))) - set(assigned))
+        if unused:
+            raise _unused_pattern(call, patterns[unused[0]], matchers[unused[0]], names)
+    return assigned
+
+
+def _unused_pattern(
+    call: str, pattern: Pattern, matches: Callable[[str], bool], names: Sequence[str]
+) -> ValueError:
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    taken = [name for name in names if matches(name)]
+    if taken:
+        return ValueError(
+            f"{call}: the pattern {text!r} is left nothing by the patterns before it, "
+            f"which already match {listing(taken)}. Put the narrower pattern first."
+        )
+    if text.endswith(":0"):
+        return ValueError(
+            f"{call}: the pattern {text!r} matches no parameter: names have no ':0' "
+            f"ending here. {_suggest(text[:-2], names)}"
+        )
+    return ValueError(
+        f"{call}: the pattern {text!r} matches no parameter. {_suggest(text, names)}"
+    )
+
+
+def _suggest(text: str, names: Sequence[str]) -> str:
+    close = nearest(text, names)
+    if close:
+        return f"Nearest: {listing(close)}."
+    return f"The parameters are {listing(names)}." if names else "There are none."
+
+
+def select(call: str, variables: Any, params: Any) -> list[bool]:
+    """Return, for each leaf of ``params``, whether ``variables`` selects it for training.
+
+    ``variables`` is a pattern, a list of patterns, a predicate ``(name, leaf) ->
+    bool``, a tree of bools, or ``None`` for every inexact leaf. Leaves that are not
+    inexact are never selected.
+    """
+    leaves, names = jax.tree.leaves(params), leaf_names(params)
+    chosen = _choose(call, variables, params, names, leaves)
+    selected = [
+        wanted and is_inexact(leaf) for wanted, leaf in zip(chosen, leaves, strict=True)
+    ]
+    if names and not any(selected) and variables is not None:
+        raise refusal(
+            call,
+            "variables",
+            variables,
+            "selects no floating parameter, so there is nothing to train. "
+            f"The parameters are {listing(names)}.",
+        )
+    return selected
+
+
+def _choose(
+    call: str, variables: Any, params: Any, names: list[str], leaves: list[Any]
+) -> list[bool]:
+    if variables is None:
+        return [True] * len(names)
+    if is_pattern(variables):
+        variables = [variables]
+    if is_pattern_list(variables):
+        assigned = assign(call, variables, names, check=False)
+        _check_each_matches(call, variables, names)
+        return [index is not None for index in assigned]
+    if callable(variables):
+        return [bool(variables(*pair)) for pair in zip(names, leaves, strict=True)]
+    return _mask_leaves(call, variables, params)
+
+
+def is_pattern_list(value: Any) -> bool:
+    """Tell whether ``value`` is a list, tuple or set of names and patterns."""
+    return isinstance(value, (list, tuple, set, frozenset)) and all(
+        is_pattern(entry) for entry in value
+    )
+
+
+def _check_each_matches(
+    call: str, patterns: Iterable[Pattern], names: Sequence[str]
+) -> None:
+    for pattern in patterns:
+        assign(f"{call}, variables", [pattern], names)
+
+
+def _mask_leaves(call: str, mask: Any, params: Any) -> list[bool]:
+    structure = jax.tree.structure(params)
+    if jax.tree.structure(mask) != structure:
+        raise ValueError(
+            f"{call}(variables={show(mask)}): a tree of bools must have the structure of "
+            f"the parameters, {structure}. Names, patterns or a predicate "
+            "(name, leaf) -> bool are accepted, too."
+        )
+    leaves = jax.tree.leaves(mask)
+    if not all(isinstance(leaf, bool) for leaf in leaves):
+        raise refusal(call, "variables", mask, "its leaves must be True or False.")
+    return leaves

@@ -1,0 +1,178 @@
+r"""The global norm of a tree, right at every magnitude, in every dtype, on every mesh.
+
+The squares are summed in float32 (float64 if a leaf is), whatever the leaves are. A
+float32 sum of squares only reaches norms between 1e-19 and 1e19; the rest of float32's
+range is reached by summing once more, with the leaves scaled by a power of two. The sum
+therefore stands in a loop, whose body runs once for an ordinary gradient and twice for
+a huge, tiny or zero one. A loop, and not a branch, because a compiled program that is
+spread over devices then holds one all-reduce for it, not two.
+
+Every device of a mesh must come to the same norm, and count each parameter once:
+
+* under ``jit`` with Auto axes XLA sees to it;
+* with Explicit axes the sum is a ``shard_map`` of its own, ending in one all-reduce;
+* under ``shard_map`` or ``pmap`` the caller names the axes, and a leaf that is
+  replicated over an axis, as its type tells, is counted once and not once per device.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from optloss.trees import accumulator_dtype, inexact_leaves, norm_dtype, real_dtype
+
+Axes = tuple[str, ...]
+
+
+def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
+    r"""Return the Euclidean norm of all floating and complex leaves of ``tree`` together.
+
+    .. math:: \lVert g \rVert_2 = \sqrt{\sum_i \lvert g_i \rvert^2}
+
+    It neither overflows nor underflows while the norm itself is representable, and its
+    gradient at zero is zero.
+
+    Args:
+        tree: Arrays ``[*shape]`` of any floating or complex dtype. Integers, bools,
+            ``None`` and ``float0`` are not counted.
+        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that the leaves may be
+            sharded over.
+
+    Returns:
+        A real scalar ``[]``: float64 if a leaf is float64 or complex128, else float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
+        5.0
+        >>> print(global_norm(jnp.full(4, 1e30)))
+        2e+30
+
+    See also:
+        :func:`clip_by_global_norm`, which measures the gradient with it.
+    """
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    dtype = norm_dtype(tree)
+    leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
+    if not leaves:
+        return jnp.zeros((), dtype)
+    return _norm(leaves, axes, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
+    half = jnp.finfo(dtype).maxexp // 2
+    down, up = 2.0 ** -(half + 16), 2.0 ** (half + 2)
+
+    def again(carry: tuple[Any, ...]) -> jax.Array:
+        return carry[2]
+
+    def measure(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        scale = carry[0]
+        total = _sum(leaves, _scaled_square, scale, axes, dtype)
+        better = jnp.where(total == jnp.inf, down, jnp.where(total < 2.0**-half, up, 1))
+        repeat = (scale == 1) & (better != 1)
+        return jnp.where(repeat, better, scale).astype(dtype), total, repeat
+
+    first = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.array(True))
+    scale, total, _ = jax.lax.while_loop(again, measure, first)
+    return jnp.sqrt(total) / scale
+
+
+@_norm.defjvp
+def _norm_jvp(axes: Axes, dtype: Any, primals: Any, tangents: Any) -> Any:
+    (leaves,), (moves,) = primals, tangents
+    norm = _norm(leaves, axes, dtype)
+    safe = jnp.where(norm > 0, norm, 1)
+    pairs = list(zip(leaves, moves, strict=True))
+    along = _sum(pairs, _scaled_product, 1 / safe, axes, dtype)
+    return norm, along
+
+
+def _scaled_square(leaf: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = leaf.astype(accumulator_dtype(leaf.dtype))
+    wide = wide * scale.astype(real_dtype(wide.dtype))
+    if jnp.iscomplexobj(wide):
+        return jnp.square(wide.real) + jnp.square(wide.imag)
+    return jnp.square(wide)
+
+
+def _scaled_product(pair: tuple[jax.Array, jax.Array], scale: jax.Array) -> jax.Array:
+    leaf, move = pair
+    wide = leaf.astype(accumulator_dtype(leaf.dtype))
+    return (jnp.conj(wide) * scale.astype(real_dtype(wide.dtype)) * move).real
+
+
+def _sum(
+    parts: list[Any], fn: Any, scale: jax.Array, axes: Axes, dtype: Any
+) -> jax.Array:
+    """Sum ``fn(part, scale)`` over all parts, elements and devices."""
+    mesh, explicit = _explicit_axes(parts)
+    if not explicit:
+        return _sum_here(parts, fn, scale, axes, dtype)
+    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
+    spread = jax.shard_map(
+        lambda parts, scale: _sum_here(parts, fn, scale, explicit, dtype),
+        mesh=mesh,
+        in_specs=(specs, jax.sharding.PartitionSpec()),
+        out_specs=jax.sharding.PartitionSpec(),
+        axis_names=set(explicit),
+    )
+    return spread(parts, scale)
+
+
+def _explicit_axes(parts: list[Any]) -> tuple[Any, Axes]:
+    for leaf in jax.tree.leaves(parts):
+        mesh = jax.typeof(leaf).sharding.mesh
+        explicit = [
+            name
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind == AxisType.Explicit
+        ]
+        if explicit:
+            return mesh, tuple(explicit)
+    return None, ()
+
+
+def _sum_here(
+    parts: list[Any], fn: Any, scale: jax.Array, axes: Axes, dtype: Any
+) -> jax.Array:
+    over = [varying_axes(part, axes) for part in parts]
+    used = tuple(axis for axis in axes if any(axis in own for own in over))
+    total = jnp.zeros((), dtype)
+    for part, own in zip(parts, over, strict=True):
+        # A leaf that is replicated over an axis would be counted once per device of it.
+        copies = math.prod(jax.lax.axis_size(axis) for axis in used if axis not in own)
+        total += jnp.sum(fn(part, scale).astype(dtype)) / copies
+    return jax.lax.psum(total, used) if used else total
+
+
+def varying_axes(tree: Any, axes: Axes) -> Axes:
+    """Return those of the manual ``axes`` over which a leaf of ``tree`` is sharded.
+
+    Where types say nothing (``pmap``, ``shard_map`` with ``check_vma=False``), all of
+    them.
+    """
+    if not axes:
+        return ()
+    if not all(axis in _varying(jax.lax.axis_index(axis)) for axis in axes):
+        return axes
+    own = set().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+    return tuple(axis for axis in axes if axis in own)
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    return frozenset(jax.typeof(leaf).manual_axis_type.varying)
+
+
+def agree(finite: jax.Array, axis_name: str | Axes | None) -> jax.Array:
+    """Return whether ``finite`` holds on all devices along ``axis_name``."""
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    over = varying_axes(finite, axes)
+    if not over:
+        return finite
+    return jax.lax.psum(jnp.logical_not(finite).astype(jnp.int32), over) == 0

@@ -1,0 +1,269 @@
+"""``optimize_loss``: the call that makes a training op of a loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optloss.chain import Chain
+from optloss.messages import check_bool, is_array, listing, refusal
+from optloss.stages import (
+    AxisName,
+    check_axis_name,
+    check_decay,
+    check_learning_rate,
+    check_pack_size,
+    check_variables,
+    clip_stage,
+    is_schedule,
+    multiplier_stage,
+    noise_stage,
+    optimizer_stage,
+)
+from optloss.summaries import OPTIMIZER_SUMMARIES
+from optloss.train_op import TrainOp
+
+CALL = "optimize_loss"
+
+
+def optimize_loss(
+    loss: Callable[..., Any],
+    global_step: Any,
+    learning_rate: Any,
+    optimizer: Any,
+    gradient_noise_scale: Any = None,
+    gradient_multipliers: Any = None,
+    clip_gradients: Any = None,
+    learning_rate_decay_fn: Any = None,
+    update_ops: Sequence[Callable[..., Any]] | None = None,
+    variables: Any = None,
+    name: str | None = None,
+    summaries: Sequence[str] | None = None,
+    colocate_gradients_with_ops: bool = False,
+    increment_global_step: bool = True,
+    *,
+    learning_rate_multipliers: Any = None,
+    histogram_every: int = 1,
+    skip_nonfinite: bool = False,
+    seed: Any = 0,
+    pack_small_leaves: int = 0,
+    axis_name: AxisName = None,
+    donate: bool = True,
+) -> TrainOp:
+    r"""Make a complete, compiled training step of a loss.
+
+    Each step differentiates the loss and runs, always in this order,
+
+        gradient -> + noise -> x multipliers -> (norm measured) -> clip ->
+        (clipped norm measured) -> optimizer at lr(step) -> x rate multipliers -> step +
+        1
+
+    as ``tf.contrib.layers.optimize_loss`` did. What is not asked for costs nothing.
+
+    Args:
+        loss: ``loss(params, *args, **kwargs)`` returns the loss, a real floating
+            scalar, or ``(loss, aux)``. When ``init`` was given a ``model_state``, it is
+            ``loss(params, model_state, *args, **kwargs)`` and returns ``(loss,
+            new_model_state)`` or ``(loss, new_model_state, aux)``.
+        global_step: Where the step counter starts, or ``None`` for no counter.
+        learning_rate: A number, a 0-d array, or a schedule (a function of the step).
+            ``None`` with an optimizer that brings its own rate.
+        optimizer: A name such as ``"adam"`` or ``"adamw(weight_decay=0.1)"``
+            (:func:`list_optimizers`; capitalised names are TensorFlow's); a function of
+            the learning rate; a class built from the rate; an optax transformation,
+            whose own rate then governs; with ``learning_rate=None``, a function without
+            arguments.
+        gradient_noise_scale: Standard deviation of Gaussian noise on the gradient, or a
+            transformation such as :func:`add_gradient_noise`.
+        gradient_multipliers: Maps names or patterns of parameters to factors of their
+            gradient. Under Adam, Adagrad and RMSProp, which divide the gradient by its
+            own size, a constant factor has next to no effect: see
+            ``learning_rate_multipliers``.
+        clip_gradients: Largest global norm (``inf`` only measures), a transformation
+            such as :func:`adaptive_clipping`, or a function from a list of ``(gradient,
+            variable)`` pairs to such a list.
+        learning_rate_decay_fn: ``fn(learning_rate, step) -> rate``, such as
+            ``functools.partial(exponential_decay, decay_steps=1000, decay_rate=0.96)``.
+        update_ops: Functions ``op(model_state, context) -> model_state``, run in order
+            at the end of the update; ``context`` is an :class:`UpdateContext`.
+        variables: Which parameters are trained: names or patterns, a predicate
+            ``(name, leaf) -> bool`` or a tree of bools; ``None`` for every floating or
+            complex one. The others cost no backward pass and come back bit for bit.
+        name: Prefix of the summaries' tags, default ``"OptimizeLoss"``; ``""`` for
+            none.
+        summaries: Which of ``OPTIMIZER_SUMMARIES`` to report; default: learning rate
+            and loss.
+        colocate_gradients_with_ops: Whether each gradient is constrained to the
+            sharding of its parameter.
+        increment_global_step: Whether a step increments the counter.
+        learning_rate_multipliers: Maps names or patterns to factors of the *update*,
+            behind the optimizer, where every optimizer feels them.
+        histogram_every: Histograms are computed when the step is a multiple of it.
+        skip_nonfinite: Whether a step whose loss or gradient holds NaN or infinity
+            changes nothing but the step and two counters.
+        seed: Where the noise starts: an int or a JAX key.
+        pack_small_leaves: Largest size of a leaf that is packed with its like while an
+            elementwise optimizer works on it; 0 packs none.
+        axis_name: For ``train_op.update`` under ``shard_map`` or ``pmap``: the mesh
+            axes. Gradients are not reduced; the loss returns its ``jax.lax.pmean``.
+        donate: Whether ``train_op(state, ...)`` donates the buffers of the state.
+
+    Returns:
+        A :class:`TrainOp`. ``train_op.init(params)`` makes a :class:`TrainOpState`, and
+        ``train_op(state, *args)`` returns the next one and a :class:`StepOutput`.
+
+    Raises:
+        ValueError: If an argument is refused: at once where it can be known, names of
+            parameters at ``init``, results of the loss when it is first traced.
+
+    Note:
+        The returned loss is the one *before* the update.
+
+    Example:
+        >>> import jax.numpy as jnp, optloss
+        >>> def loss(params, x, y):
+        ...     return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+        >>> train_op = optloss.optimize_loss(
+        ...     loss, global_step=0, learning_rate=0.1, optimizer="adam",
+        clip_gradients=1.0 ... )
+        >>> state = train_op.init({"w": jnp.zeros(2), "b": jnp.zeros(())})
+        >>> x, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 2.0])
+        >>> for _ in range(200):
+        ...     state, output = train_op(state, x, y)
+        >>> print(f"{output.loss:.4f} at step {state.step}")
+        0.0000 at step 200
+
+    See also:
+        :func:`make_optimizer`, the chain without the loss.
+
+    References:
+        ``tf.contrib.layers.optimize_loss``, TensorFlow 1.15.
+    """
+    _check_loss(loss)
+    _check_global_step(global_step)
+    check_learning_rate(CALL, learning_rate, optimizer, learning_rate_decay_fn)
+    _check_summaries(summaries)
+    _check_counter(global_step, learning_rate, learning_rate_decay_fn)
+    chain = dict(
+        optimizer=optimizer_stage(
+            CALL, learning_rate, optimizer, learning_rate_decay_fn
+        ),
+        clip=clip_stage(CALL, clip_gradients, axis_name),
+        noise=noise_stage(CALL, gradient_noise_scale, seed, axis_name),
+        multipliers=multiplier_stage(
+            CALL, "gradient_multipliers", gradient_multipliers
+        ),
+    )
+    check_decay(CALL, learning_rate_decay_fn)
+    _check_update_ops(update_ops)
+    chain["variables"] = check_variables(CALL, variables)
+    _check_name(name)
+    check_bool(CALL, "colocate_gradients_with_ops", colocate_gradients_with_ops)
+    check_bool(CALL, "increment_global_step", increment_global_step)
+    chain["rate_multipliers"] = multiplier_stage(
+        CALL, "learning_rate_multipliers", learning_rate_multipliers
+    )
+    _check_histogram_every(histogram_every)
+    return TrainOp(
+        loss=loss,
+        chain=Chain(
+            call=CALL,
+            **chain,
+            skip_nonfinite=check_bool(CALL, "skip_nonfinite", skip_nonfinite),
+            pack_size=check_pack_size(
+                CALL, pack_small_leaves, learning_rate, optimizer
+            ),
+            axis_name=check_axis_name(CALL, axis_name),
+        ),
+        global_step=global_step,
+        update_ops=None if update_ops is None else tuple(update_ops),
+        name="OptimizeLoss" if name is None else name,
+        summaries=("loss", "learning_rate") if summaries is None else tuple(summaries),
+        colocate_gradients_with_ops=colocate_gradients_with_ops,
+        increment_global_step=increment_global_step,
+        histogram_every=histogram_every,
+        donate=check_bool(CALL, "donate", donate),
+    )
+
+
+def _check_loss(loss: Any) -> None:
+    if not callable(loss):
+        raise refusal(CALL, "loss", loss, "must be a function loss(params, *args).")
+
+
+def _check_global_step(step: Any) -> None:
+    if step is None:
+        return
+    if is_array(step):
+        good = step.shape == () and jnp.issubdtype(step.dtype, jnp.integer)
+    else:
+        good = (
+            isinstance(step, (int, np.integer))
+            and not isinstance(step, bool)
+            and 0 <= step < 2**31
+        )
+    if not good:
+        raise refusal(
+            CALL,
+            "global_step",
+            step,
+            "must be an int >= 0 or a 0-d integer array, or None for no counter.",
+        )
+
+
+def _check_summaries(summaries: Any) -> None:
+    known = ", ".join(map(repr, OPTIMIZER_SUMMARIES))
+    if summaries is None:
+        return
+    if isinstance(summaries, str) or not isinstance(summaries, Sequence):
+        raise refusal(CALL, "summaries", summaries, f"must be a list out of {known}.")
+    unknown = [entry for entry in summaries if entry not in OPTIMIZER_SUMMARIES]
+    if unknown:
+        raise refusal(
+            CALL,
+            "summaries",
+            summaries,
+            f"unknown: {listing(unknown)}. Choose out of {known}.",
+        )
+
+
+def _check_counter(step: Any, learning_rate: Any, decay_fn: Any) -> None:
+    if step is not None or learning_rate is None:
+        return
+    if decay_fn is not None:
+        raise refusal(
+            CALL,
+            "global_step",
+            None,
+            "global_step is required for learning_rate_decay_fn. Start it at 0.",
+        )
+    if is_schedule(learning_rate):
+        raise refusal(
+            CALL,
+            "global_step",
+            None,
+            "global_step is required for a schedule as learning_rate. Start it at 0.",
+        )
+
+
+def _check_update_ops(update_ops: Any) -> None:
+    if update_ops is None:
+        return
+    if not isinstance(update_ops, Sequence) or not all(map(callable, update_ops)):
+        raise refusal(
+            CALL,
+            "update_ops",
+            update_ops,
+            "must be a list of functions op(model_state, context) -> model_state.",
+        )
+
+
+def _check_name(name: Any) -> None:
+    if name is not None and not isinstance(name, str):
+        raise refusal(CALL, "name", name, "must be a str; '' for no prefix.")
+
+
+def _check_histogram_every(every: Any) -> None:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise refusal(CALL, "histogram_every", every, "must be an int >= 1.")

@@ -1,0 +1,217 @@
+"""Optimizers by name.
+
+The six capitalised names are TensorFlow's, with TensorFlow's numerics. A lower-case
+name is optax's own function of that name. Either may carry keywords, written as Python
+writes
+them: ``"adamw(weight_decay=0.1)"``. Such a text is parsed, never run.
+"""
+
+import ast
+import fnmatch
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from optax import contrib
+
+from optloss.messages import listing, nearest, refusal
+from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES
+
+Factory = Callable[..., optax.GradientTransformation]
+
+OPTAX_NAMES = (
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamaxw",
+    "adamw",
+    "adan",
+    "amsgrad",
+    "fromage",
+    "lamb",
+    "lars",
+    "lion",
+    "nadam",
+    "nadamw",
+    "noisy_sgd",
+    "novograd",
+    "optimistic_adam",
+    "optimistic_adam_v2",
+    "optimistic_gradient_descent",
+    "polyak_sgd",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+    "sign_sgd",
+    "signum",
+    "sm3",
+    "yogi",
+)
+CONTRIB_NAMES = (
+    "acprop",
+    "ademamix",
+    "adopt",
+    "cocob",
+    "dadapt_adamw",
+    "dog",
+    "dowg",
+    "galore",
+    "madgrad",
+    "momo",
+    "momo_adam",
+    "muon",
+    "prodigy",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "simplified_ademamix",
+)
+
+_registered: dict[str, Factory] = {
+    **OPTIMIZER_CLS_NAMES,
+    **{name: getattr(optax, name) for name in OPTAX_NAMES if hasattr(optax, name)},
+    **{
+        name: getattr(contrib, name) for name in CONTRIB_NAMES if hasattr(contrib, name)
+    },
+}
+
+
+def list_optimizers(pattern: str = "*") -> list[str]:
+    """List the names of optimizers that match a shell-style pattern, sorted.
+
+    Args:
+        pattern: ``*`` and ``?`` stand for any characters and any one, case counts.
+
+    Returns:
+        The names: TensorFlow's six, optax's, and those registered.
+
+    Raises:
+        ValueError: If ``pattern`` is not a str.
+
+    Example:
+        >>> list_optimizers("[A-Z]*")
+        ['Adagrad', 'Adam', 'Ftrl', 'Momentum', 'RMSProp', 'SGD']
+        >>> list_optimizers("adam*")
+        ['adam', 'adamax', 'adamaxw', 'adamw']
+    """
+    if not isinstance(pattern, str):
+        raise refusal("list_optimizers", "pattern", pattern, "must be a str.")
+    return sorted(name for name in _registered if fnmatch.fnmatchcase(name, pattern))
+
+
+def register_optimizer(name: str, factory: Factory) -> None:
+    """Make an optimizer of your own known by name.
+
+    Args:
+        name: An identifier that no other optimizer has.
+        factory: ``factory(learning_rate, **keywords)`` returns an optax transformation.
+            It is called with a traced scalar, once per trace.
+
+    Raises:
+        ValueError: If the name is taken or no identifier, or ``factory`` is not
+            callable.
+
+    Example:
+        >>> import optax
+        >>> register_optimizer("heavy_ball", lambda rate: optax.sgd(rate, momentum=0.99))
+        >>> list_optimizers("heavy*")
+        ['heavy_ball']
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise refusal("register_optimizer", "name", name, "must be an identifier.")
+    if name in _registered:
+        raise refusal(
+            "register_optimizer",
+            "name",
+            name,
+            "is taken. Choose another name; a registered one is never replaced.",
+        )
+    if not callable(factory):
+        raise refusal(
+            "register_optimizer",
+            "factory",
+            factory,
+            "must be a function of the learning rate that returns a transformation.",
+        )
+    _registered[name] = factory
+
+
+def get_factory(call: str, text: str) -> Factory:
+    """Return the factory that ``text`` names, with the keywords it carries bound.
+
+    Refusals are worded for the argument ``optimizer`` of ``call``.
+    """
+    name, keywords = (text, {}) if text in _registered else _parse(call, text)
+    factory = _registered.get(name)
+    if factory is None:
+        raise refusal(call, "optimizer", text, _unknown(name))
+    if not keywords:
+        return factory
+    _check_keywords(call, text, factory, keywords)
+    bound = functools.partial(factory, **keywords)
+    return functools.update_wrapper(bound, factory, assigned=("__module__", "__name__"))
+
+
+def title(text: str) -> str:
+    """Return whose optimizer ``text`` names: ``Adam (TensorFlow)`` or ``optax.adam``."""
+    name = text.split("(")[0].strip()
+    if name in OPTIMIZER_CLS_NAMES:
+        return f"{text} (TensorFlow)"
+    if name in OPTAX_NAMES:
+        return f"optax.{text}"
+    return f"optax.contrib.{text}" if name in CONTRIB_NAMES else text
+
+
+def _unknown(name: str) -> str:
+    close = nearest(name, _registered, 1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"no optimizer of that name. {hint}list_optimizers() prints them all."
+
+
+def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
+    name = text.partition("(")[0].strip()
+    if "(" not in text:
+        return name, {}
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            raise ValueError
+        if node.args or any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError
+        return node.func.id, {
+            str(keyword.arg): ast.literal_eval(keyword.value)
+            for keyword in node.keywords
+        }
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise refusal(
+            call,
+            "optimizer",
+            text,
+            "is not a name with literal keywords. Write it like "
+            "'adamw(weight_decay=0.1)'.",
+        ) from error
+
+
+def _check_keywords(
+    call: str, text: str, factory: Factory, keywords: dict[str, Any]
+) -> None:
+    parameters = inspect.signature(factory).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [
+        name
+        for i, (name, p) in enumerate(parameters.items())
+        if i > 0 and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    for keyword in keywords:
+        if keyword not in known and not open_ended:
+            raise refusal(
+                call,
+                "optimizer",
+                text,
+                f"it has no keyword {keyword!r}. It takes {listing(known, 20)}.",
+            )

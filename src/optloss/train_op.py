@@ -1,0 +1,335 @@
+"""The training op: one call makes the loss, the gradients and the whole update.
+
+    state -> loss and gradients -> chain -> parameters -> update ops -> step + 1
+
+It is compiled once: whatever may change from step to step, the learning rate and the
+data included, is an argument of the compiled program and no constant in it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.shard_alike import shard_alike
+
+from optloss.chain import Chain, ChainState, Shaped
+from optloss.describe import describe, one_line
+from optloss.loss import Outcome, call_loss, run_update_ops
+from optloss.messages import show
+from optloss.names import leaf_names
+from optloss.norms import global_norm
+from optloss.placement import place_beside
+from optloss.summaries import (
+    CLIPPED_GRADIENT_NORM,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    LOSS,
+    PARAMETER_GRADIENT_NORM,
+    PARAMETER_GRADIENTS,
+    Histogram,
+    empty_histogram,
+    histogram,
+)
+from optloss.transforms.learning_rate import LearningRateState
+from optloss.transforms.nonfinite import is_finite, skip_unless
+from optloss.trees import freeze, inexact_leaves, map_inexact, strong, thaw
+
+
+class TrainOpState(NamedTuple):
+    """All that a training run is: what a checkpoint must hold."""
+
+    step: jax.Array | None  # int32 [], or None where there is no counter
+    params: Any
+    model_state: Any  # None where the loss has none
+    opt_state: Any
+
+
+class StepOutput(NamedTuple):
+    """What one step is looked at by."""
+
+    loss: jax.Array  # float [], before the update
+    aux: Any
+    summaries: dict[str, jax.Array | Histogram]  # by tag
+
+
+class UpdateContext(NamedTuple):
+    """What an update op may look at."""
+
+    params: Any  # after the update
+    aux: Any
+    loss: jax.Array  # before the update
+    step: jax.Array | None  # before its increment
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainOp:
+    """A compiled training step, made by :func:`optimize_loss`.
+
+    ``state = train_op.init(params)`` starts a run and
+    ``state, output = train_op(state, *args)`` makes one step of it.
+
+    Example:
+        >>> import jax.numpy as jnp, optloss
+        >>> train_op = optloss.optimize_loss(
+        ...     lambda w, x: jnp.abs(w * x),
+        ...     global_step=0, learning_rate=0.1, optimizer="SGD",
+        ... )
+        >>> state = train_op.init(jnp.array(10.0))
+        >>> state, output = train_op(state, 5.0)
+        >>> print(state.params, state.step, output.loss)
+        9.5 1 50.0
+    """
+
+    loss: Callable[..., Any]
+    chain: Chain
+    global_step: Any
+    update_ops: Sequence[Callable[..., Any]] | None
+    name: str
+    summaries: Sequence[str]
+    colocate_gradients_with_ops: bool
+    increment_global_step: bool
+    histogram_every: int
+    donate: bool
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The chain alone, as :func:`make_optimizer` makes it."""
+        return self.chain.transform()
+
+    def __repr__(self) -> str:
+        """Return the pipeline in order, on one line."""
+        return one_line(self.chain, self.name)
+
+    def describe(self, params: Any) -> str:
+        """Return the pipeline, and a table of what applies to which parameter.
+
+        Args:
+            params: The parameters, or their shapes from ``jax.eval_shape``: nothing is
+                allocated.
+
+        Returns:
+            Lines of at most 100 columns: a row a parameter with its name, shape, dtype,
+            whether it is trained, and its multipliers; rows of like layers are folded.
+
+        Raises:
+            ValueError: As :meth:`init`, for names and patterns that match nothing.
+
+        Example:
+            >>> import jax.numpy as jnp, optloss
+            >>> train_op = optloss.optimize_loss(
+            ...     lambda p: p["w"].sum(), global_step=0, learning_rate=0.1,
+            ...     optimizer="adam", clip_gradients=1.0,
+            ... )
+            >>> print(train_op.describe({"w": jnp.ones((2, 3))}).splitlines()[0])
+            OptimizeLoss: gradient -> clip_by_global_norm(1.0) -> optax.adam at 0.1 ->
+                step + 1
+        """
+        return describe(self.chain, self.name, params)
+
+    def init(self, params: Any, model_state: Any = None) -> TrainOpState:
+        """Return the state of a run that starts from ``params``.
+
+        Args:
+            params: A tree of arrays ``[*shape]``: dicts, lists, Flax or Equinox
+                modules.
+            model_state: What the loss carries from step to step beside the parameters,
+                such as the statistics of a BatchNorm; ``None`` for a loss without.
+
+        Returns:
+            A state that shares no buffer with the arguments, so that donating it never
+            eats the caller's arrays. Moments get their parameter's sharding. May be
+            traced: under ``jit``, ``vmap`` and ``eval_shape``.
+
+        Raises:
+            ValueError: If a leaf is no array, nothing is trained, a name or pattern
+                matches nothing, or there are update ops and no ``model_state``.
+        """
+        if self.update_ops and model_state is None:
+            raise ValueError(
+                f"train_op.init(model_state=None): the {len(self.update_ops)} update_ops "
+                "need a model_state to work on. Pass it: init(params, model_state)."
+            )
+        opt_state = self.chain.init(params)
+        if not any(self.chain.selected(params)):
+            raise ValueError(
+                f"train_op.init(params={show(params)}): it holds no floating array, so "
+                "there is nothing to train."
+            )
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        step = None
+        if self.global_step is not None:
+            step = jnp.array(self.global_step, jnp.int32, copy=True)
+        rest = place_beside((step, model_state, opt_state), params)
+        return TrainOpState(rest[0], params, *rest[1:])
+
+    def __call__(
+        self, state: TrainOpState, *args: Any, **kwargs: Any
+    ) -> tuple[TrainOpState, StepOutput]:
+        """Make one step, compiled; the buffers of ``state`` are donated to the new one."""
+        _check_state(state)
+        try:
+            return self._compiled(state, *args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if "deleted" in str(error) and _is_deleted(state):
+                raise ValueError(
+                    "train_op(state): this state was given to an earlier call, which "
+                    "donated its buffers. Go on from the state that call returned, or "
+                    "build the op with donate=False."
+                ) from error
+            raise
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return jax.jit(self.update, donate_argnums=(0,) if self.donate else ())
+
+    def update(
+        self, state: TrainOpState, *args: Any, **kwargs: Any
+    ) -> tuple[TrainOpState, StepOutput]:
+        """Make one step, pure and not compiled: for ``lax.scan``, ``shard_map``, ``jit``.
+
+        Args:
+            state: What :meth:`init` or the step before returned.
+            *args: Passed on to the loss, all traced.
+            **kwargs: Passed on to the loss, all traced.
+
+        Returns:
+            The new state and a :class:`StepOutput`.
+
+        Raises:
+            ValueError: If ``state`` is no state, or the loss returns something else
+                than the contract of :func:`optimize_loss` says.
+        """
+        _check_state(state)
+        with jax.named_scope(self.name or "OptimizeLoss"):
+            return self._step(state, args, kwargs)
+
+    def _step(self, state: TrainOpState, args: Any, kwargs: Any) -> Any:
+        selected = self.chain.selected(state.params)
+        trained = freeze(state.params, selected)
+        outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
+        extra = {"value": outcome.loss}
+        if state.step is not None:
+            extra["step"] = state.step
+
+        guarded = self.chain.skip_nonfinite
+        before: ChainState = state.opt_state.inner if guarded else state.opt_state
+        measure = guarded or self._wants("global_gradient_norm", "gradient_norm")
+        shaped = self.chain.shape(gradients, before, trained, extra, measure)
+
+        def commit() -> tuple[Any, Any]:
+            with jax.named_scope("optimizer"):
+                updates, opt_state = self.chain.optimize(shaped, trained, extra)
+                moved = optax.apply_updates(trained, updates)
+            params = thaw(moved, state.params, selected)
+            context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
+            model_state = run_update_ops(
+                self.update_ops or (), outcome.model_state, context
+            )
+            return (moved, model_state), opt_state
+
+        if guarded:
+            (moved, model_state), opt_state = skip_unless(
+                is_finite(shaped.norm, extra, self.chain.axis_name),
+                state.opt_state,
+                commit,
+                lambda shapes: (trained, state.model_state),
+            )
+        else:
+            (moved, model_state), opt_state = commit()
+
+        step = state.step
+        if step is not None and self.increment_global_step:
+            step = optax.safe_increment(step)
+        params = thaw(moved, state.params, selected)
+        summaries = self._summarise(shaped, opt_state, outcome.loss, state.step)
+        output = StepOutput(outcome.loss, outcome.aux, summaries)
+        return TrainOpState(step, params, model_state, opt_state), output
+
+    def _differentiate(
+        self,
+        state: TrainOpState,
+        trained: Any,
+        selected: list[bool],
+        args: Any,
+        kw: Any,
+    ) -> tuple[Outcome, Any]:
+        def objective(trained: Any) -> tuple[jax.Array, Outcome]:
+            # Rebuilt in here, so that modules made of them belong to this trace.
+            params = thaw(trained, state.params, selected)
+            model_state = jax.tree.map(lambda leaf: leaf, state.model_state)
+            outcome = call_loss(
+                self.loss, params, model_state, self.update_ops is not None, args, kw
+            )
+            return outcome.loss, outcome
+
+        (_, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
+        # JAX's gradient of a complex leaf points uphill only once it is conjugated.
+        gradients = map_inexact(
+            lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradients
+        )
+        if self.colocate_gradients_with_ops:
+            gradients = jax.tree.map(
+                lambda g, p: shard_alike(g, p)[0], gradients, trained
+            )
+        return outcome, gradients
+
+    def _wants(self, *entries: str) -> bool:
+        return any(entry in self.summaries for entry in entries)
+
+    def _summarise(
+        self, shaped: Shaped, opt_state: Any, loss: jax.Array, step: jax.Array | None
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self._wants("loss"):
+            found[LOSS] = loss
+        chain_state = opt_state.inner if self.chain.skip_nonfinite else opt_state
+        if self._wants("learning_rate") and isinstance(
+            chain_state.optimizer, LearningRateState
+        ):
+            found[LEARNING_RATE] = chain_state.optimizer.rate
+        if self._wants("global_gradient_norm", "gradient_norm"):
+            found[GRADIENT_NORM] = shaped.norm
+            if shaped.clipped_norm is not None:
+                found[CLIPPED_GRADIENT_NORM] = shaped.clipped_norm
+        found = {tag: jnp.asarray(value, jnp.float32) for tag, value in found.items()}
+        found |= self._summarise_parameters(shaped.gradients, step)
+        prefix = f"{self.name}/" if self.name else ""
+        return {prefix + tag: value for tag, value in found.items()}
+
+    def _summarise_parameters(self, gradients: Any, step: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        axes = self.chain.axis_name
+        pairs = list(zip(leaf_names(gradients), inexact_leaves(gradients), strict=True))
+        if self._wants("gradient_norm"):
+            for name, leaf in pairs:
+                norm = global_norm(leaf, axis_name=axes)
+                found[f"{PARAMETER_GRADIENT_NORM}/{name}"] = norm.astype(jnp.float32)
+        if self._wants("gradients"):
+            due = True if step is None else step % self.histogram_every == 0
+            histograms = jax.lax.cond(
+                due,
+                lambda: [histogram(leaf, axis_name=axes) for _, leaf in pairs],
+                lambda: [empty_histogram(leaf) for _, leaf in pairs],
+            )
+            for (name, _), made in zip(pairs, histograms, strict=True):
+                found[f"{PARAMETER_GRADIENTS}/{name}"] = made
+        return found
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainOpState):
+        raise ValueError(
+            f"train_op(state={show(state)}): the first argument must be a TrainOpState. "
+            "Make one with state = train_op.init(params)."
+        )
+
+
+def _is_deleted(state: Any) -> bool:
+    return any(
+        isinstance(leaf, jax.Array) and leaf.is_deleted()
+        for leaf in jax.tree.leaves(state)
+    )

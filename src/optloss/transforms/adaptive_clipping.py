@@ -1,0 +1,254 @@
+r"""Clipping by a norm that follows the norms of the run.
+
+The logarithm of the gradient's norm :math:`N` is followed by two moving averages, of it
+and of its square, and a gradient whose log-norm lies more than so many standard
+deviations above the mean is cut down *to the mean*:
+
+.. math::
+
+    \ell &= \log(N + \epsilon) \\
+    m &\leftarrow d\,m + (1 - d)\,\ell, \qquad q \leftarrow d\,q + (1 - d)\,\ell^2 \\
+    c &= \exp\bigl(m + k \sqrt{\max(\epsilon, q - m^2)}\bigr) \\
+    g &\leftarrow g \cdot e^m / N \quad\text{if } N \ge c
+
+This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
+
+* A norm that is not finite does not enter the averages. There, one NaN or infinity made
+  every later gradient NaN.
+* ``statistics="previous"`` compares with the averages from *before* this gradient. The
+  original compares with averages that contain it, so that a spike raises the threshold
+  it is held against: with decay :math:`d` no spike of any size is cut unless :math:`d /
+  (1 - d) > k^2`. Here every spike is, and what is cut enters the averages as the
+  threshold, no higher: a single spike leaves hardly a trace, while norms that go on
+  being high still raise the threshold step by step.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import check_number, is_array, refusal
+from optloss.norms import global_norm
+from optloss.summaries import (
+    ADAPTIVE_MAX_NORM,
+    ADAPTIVE_MEAN,
+    ADAPTIVE_SQ_MEAN,
+    CLIP_FACTOR,
+    CLIPPED_GRADIENT_NORM,
+    CLIPPED_SHARE,
+    GRADIENT_NORM,
+)
+from optloss.trees import norm_dtype, scale_leaves
+
+BURN_IN = 5
+"""Norms that ``statistics="previous"`` wants to have seen before it cuts one."""
+
+
+class AdaptiveClippingState(NamedTuple):
+    """The moving averages, and what was measured at the latest update."""
+
+    step: jax.Array  # int32 [], updates so far
+    clipped: jax.Array  # int32 [], those that were clipped
+    observed: jax.Array  # int32 [], those whose norm was finite
+    mean: jax.Array  # float [], moving average of the log-norm
+    sq_mean: jax.Array  # float [], and of its square
+    max_norm: jax.Array  # float [], threshold of the latest update
+    norm: jax.Array  # float [], before the clip
+    factor: jax.Array  # float [], what the gradient was multiplied by
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return {
+            GRADIENT_NORM: self.norm,
+            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
+            CLIP_FACTOR: self.factor,
+            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
+            ADAPTIVE_MAX_NORM: self.max_norm,
+            ADAPTIVE_MEAN: self.mean,
+            ADAPTIVE_SQ_MEAN: self.sq_mean,
+        }
+
+
+def adaptive_clipping(
+    std_factor: float | jax.Array = 2.0,
+    decay: float | jax.Array = 0.95,
+    static_max_norm: float | jax.Array | None = None,
+    *,
+    epsilon: float | jax.Array = 1e-8,
+    decay_warmup: bool = True,
+    statistics: str = "current",
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Cut gradients whose norm is far above what the run has seen so far.
+
+    The threshold is ``std_factor`` standard deviations above the moving average of the
+    log-norm, and a gradient beyond it is scaled down to that average; the module's text
+    has the formulas.
+
+    Args:
+        std_factor: How many standard deviations of the log-norm are let through, >= 0.
+        decay: Factor of both moving averages, in [0, 1).
+        static_max_norm: If given, the norm never exceeds it either, in the units of the
+            gradient.
+        epsilon: Added to the norm before the logarithm, and the least variance, > 0.
+        decay_warmup: Whether the decay starts at 0 and grows as n / (n + 1) up to
+            ``decay``, with n the extra argument ``step=`` of ``update``, or without one
+            the transform's own count. Otherwise the averages start at a bare 0, as the
+            original's did without a ``global_step``.
+        statistics: ``"current"``, the original: the averages the norm is compared with
+            contain it. ``"previous"``: they do not; then the first five norms are only
+            watched, and averages over few norms are plain ones whatever
+            ``decay_warmup``.
+        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
+            sharded over.
+
+    Returns:
+        A transform with an
+        :class:`~optloss.transforms.adaptive_clipping.AdaptiveClippingState`. Leaves
+        keep shape ``[*shape]`` and dtype; the statistics are float32 scalars ``[]``,
+        float64 if a leaf is. A gradient whose norm is not finite is returned unchanged
+        and leaves the averages as they were.
+
+    Raises:
+        ValueError: If a Python number is out of its range, or ``statistics`` is neither
+            of the two.
+
+    Note:
+        From a constant history ``"current"`` cuts a jump only if
+        :math:`d / (1 - d) > k^2`: with ``decay=0.5`` and ``std_factor=3`` it never
+        does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> clip = adaptive_clipping(statistics="previous")
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for norm in [1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 1000.0]:
+        ...     clipped, state = clip.update(jnp.array([norm]), state)
+        >>> print(bool(clipped[0] < 1.1), int(state.clipped))
+        True 1
+
+    See also:
+        :func:`clip_by_global_norm`, whose bound is fixed;
+        ``optax.adaptive_grad_clip``, an unrelated algorithm (by parameter norm).
+
+    References:
+        ``tf.contrib.layers.adaptive_clipping_fn``, TensorFlow 1.15.
+    """
+    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup, statistics)
+    previous = statistics == "previous"
+
+    def init(params: optax.Params) -> AdaptiveClippingState:
+        dtype = norm_dtype(params)
+        count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
+        return AdaptiveClippingState(
+            step=count,
+            clipped=count.copy(),
+            observed=count.copy(),
+            mean=scalar,
+            sq_mean=scalar.copy(),
+            max_norm=jnp.full((), jnp.inf, dtype),
+            norm=scalar.copy(),
+            factor=jnp.ones((), dtype),
+        )
+
+    def threshold(mean: jax.Array, sq_mean: jax.Array) -> jax.Array:
+        std = jnp.sqrt(jnp.maximum(sq_mean - mean**2, epsilon))
+        return jnp.exp(mean + std_factor * std)
+
+    def decay_at(step: jax.Array, observed: jax.Array, dtype: Any) -> jax.Array:
+        rate = jnp.asarray(decay, dtype)
+        warmed = jnp.minimum(rate, step / (step + jnp.ones((), dtype)))
+        rate = jnp.where(decay_warmup, warmed, rate)
+        return jnp.minimum(rate, observed / (observed + 1)) if previous else rate
+
+    def update(
+        updates: optax.Updates,
+        state: AdaptiveClippingState,
+        params: Any = None,
+        *,
+        step: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, AdaptiveClippingState]:
+        del params, extra
+        dtype = state.norm.dtype
+        norm = global_norm(updates, axis_name=axis_name).astype(dtype)
+        finite = jnp.isfinite(norm)
+        entry = jnp.log(jnp.where(finite, norm, 1) + epsilon)
+        bound, target = threshold(state.mean, state.sq_mean), jnp.exp(state.mean)
+        if previous:
+            bound = jnp.where(state.observed < BURN_IN, jnp.inf, bound)
+            entry = jnp.minimum(entry, jnp.log(bound))
+
+        d = decay_at(state.step if step is None else step, state.observed, dtype)
+        mean = state.mean - (1 - d) * (state.mean - entry)
+        sq_mean = state.sq_mean - (1 - d) * (state.sq_mean - entry**2)
+        mean = jnp.where(finite, mean, state.mean).astype(dtype)
+        sq_mean = jnp.where(finite, sq_mean, state.sq_mean).astype(dtype)
+        if not previous:
+            bound, target = threshold(mean, sq_mean), jnp.exp(mean)
+
+        safe = jnp.where(norm > 0, norm, 1)
+        factor = jnp.where(norm < bound, 1, target / safe)
+        if static_max_norm is not None:
+            factor = jnp.minimum(factor, jnp.asarray(static_max_norm, dtype) / safe)
+        factor = jnp.where(finite & (norm > 0), jnp.minimum(factor, 1), 1).astype(dtype)
+        return scale_leaves(updates, factor), AdaptiveClippingState(
+            step=optax.safe_increment(state.step),
+            clipped=state.clipped + (factor < 1),
+            observed=state.observed + finite,
+            mean=mean,
+            sq_mean=sq_mean,
+            max_norm=bound.astype(dtype),
+            norm=norm,
+            factor=factor,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(
+    std_factor: Any,
+    decay: Any,
+    static_max_norm: Any,
+    epsilon: Any,
+    decay_warmup: Any,
+    statistics: Any,
+) -> None:
+    call, infinity = "adaptive_clipping", float("inf")
+    check_number(
+        call,
+        "std_factor",
+        std_factor,
+        lambda number: 0 <= number < infinity,
+        "a finite real number >= 0 or a 0-d array.",
+    )
+    check_number(
+        call,
+        "decay",
+        decay,
+        lambda number: 0 <= number < 1,
+        "a real number in [0, 1) or a 0-d array. 0.95 averages over some 20 updates.",
+    )
+    if static_max_norm is not None:
+        check_number(
+            call,
+            "static_max_norm",
+            static_max_norm,
+            lambda number: number >= 0,
+            "a real number >= 0 or a 0-d array, or None for no fixed bound.",
+        )
+    check_number(
+        call,
+        "epsilon",
+        epsilon,
+        lambda number: 0 < number < infinity,
+        "a finite real number > 0 or a 0-d array.",
+    )
+    if not isinstance(decay_warmup, bool) and not is_array(decay_warmup):
+        raise refusal(call, "decay_warmup", decay_warmup, "must be True or False.")
+    if statistics not in ("current", "previous"):
+        raise refusal(
+            call, "statistics", statistics, "must be 'current' or 'previous'."
+        )

@@ -1,0 +1,216 @@
+"""Clipping by the global norm, and by a function of the caller's own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import check_number, refusal, show
+from optloss.norms import global_norm
+from optloss.summaries import (
+    CLIP_FACTOR,
+    CLIPPED_GRADIENT_NORM,
+    CLIPPED_SHARE,
+    GRADIENT_NORM,
+)
+from optloss.trees import is_inexact, norm_dtype, scale_leaves
+
+Pairs = list[tuple[jax.Array, jax.Array]]
+
+
+class ClipState(NamedTuple):
+    """What the clip measured at its latest update, and how often it clipped."""
+
+    step: jax.Array  # int32 [], updates so far
+    clipped: jax.Array  # int32 [], those that were clipped
+    norm: jax.Array  # float [], before the clip
+    factor: jax.Array  # float [], what the gradient was multiplied by
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return {
+            GRADIENT_NORM: self.norm,
+            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
+            CLIP_FACTOR: self.factor,
+            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
+        }
+
+
+def clip_by_global_norm(
+    max_norm: float | jax.Array, *, axis_name: str | tuple[str, ...] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Shrink the whole gradient so that its norm is at most ``max_norm``.
+
+    All leaves are scaled by one common factor: the direction of the step never changes,
+    only its length,
+
+    .. math:: g \leftarrow g \cdot \min(1, c / \lVert g \rVert_2)
+
+    with :math:`c` = ``max_norm``. A gradient already inside the ball is returned bit
+    for bit, and so is one whose norm is not finite: no factor could mend it, and
+    :func:`skip_nonfinite` is there to leave it out.
+
+    Args:
+        max_norm: Radius of the ball, in the units of the incoming gradient. May be
+            traced. ``inf`` measures and clips nothing; 0 gives zeros.
+        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
+            sharded over, so that all devices clip by the norm of the whole.
+
+    Returns:
+        A transform with a :class:`~optloss.transforms.clipping.ClipState`. Leaves keep
+        shape ``[*shape]`` and dtype; the norm is a float32 scalar ``[]`` even for
+        half-precision leaves, float64 if a leaf is float64.
+
+    Raises:
+        ValueError: If ``max_norm`` is a Python number that is negative or NaN.
+
+    Note:
+        Before Adam it bounds what the moments see; after Adam it bounds the step.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> clip = clip_by_global_norm(1.0)
+        >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+        >>> clipped, _ = clip.update(grads, clip.init(grads))
+        >>> print(clipped["w"], clipped["b"])
+        [0.6 0. ] 0.8
+
+    See also:
+        :func:`adaptive_clipping`, whose bound follows the norms of the run;
+        :func:`global_norm`.
+
+    References:
+        Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural
+        networks*, 2013, arXiv:1211.5063, Algorithm 1.
+    """
+    check_number(
+        "clip_by_global_norm",
+        "max_norm",
+        max_norm,
+        lambda number: number >= 0,
+        "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
+    )
+
+    def init(params: optax.Params) -> ClipState:
+        dtype = norm_dtype(params)
+        return ClipState(
+            step=jnp.zeros((), jnp.int32),
+            clipped=jnp.zeros((), jnp.int32),
+            norm=jnp.zeros((), dtype),
+            factor=jnp.ones((), dtype),
+        )
+
+    def update(
+        updates: optax.Updates, state: ClipState, params: Any = None, **extra: Any
+    ) -> tuple[optax.Updates, ClipState]:
+        del params, extra
+        norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
+        bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
+        outside = (norm > bound) & jnp.isfinite(norm)
+        factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
+        new_state = ClipState(
+            step=optax.safe_increment(state.step),
+            clipped=state.clipped + outside,
+            norm=norm,
+            factor=factor.astype(norm.dtype),
+        )
+        return scale_leaves(updates, factor), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_by_function(
+    fn: Callable[[Pairs], Sequence[tuple[jax.Array, jax.Array]]],
+) -> optax.GradientTransformationExtraArgs:
+    """Clip by a function from ``(gradient, variable)`` pairs to pairs of the same length.
+
+    This is what ``clip_gradients=`` of the TensorFlow function took, so that such a
+    function ports unchanged. The pairs are in the order of the tree's leaves; leaves
+    that are not floating or complex, and frozen ones, are not among them.
+
+    Args:
+        fn: Takes a list of ``(gradient [*shape], variable [*shape])`` and returns the
+            same list with the gradients changed. A plain optax function such as
+            ``optax.clip(1.0)`` is no such function: it is a transform already.
+
+    Returns:
+        A transform without state. It needs ``params``; gradients keep their dtype.
+
+    Raises:
+        ValueError: If ``fn`` is not callable; when traced, if ``params`` is missing or
+            ``fn`` returns another number of pairs or gradients of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> halve = clip_by_function(lambda pairs: [(g / 2, v) for g, v in pairs])
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> clipped, _ = halve.update({"w": jnp.array([4.0, 6.0])}, halve.init(params), params)
+        >>> print(clipped["w"])
+        [2. 3.]
+
+    See also:
+        :func:`clip_by_global_norm`, :func:`adaptive_clipping`.
+    """
+    if not callable(fn):
+        raise refusal(
+            "clip_by_function", "fn", fn, "must be a function of a list of pairs."
+        )
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra
+        if params is None:
+            raise ValueError(
+                "clip_by_function: the function is given (gradient, variable) pairs, so "
+                "update(updates, state, params) needs params."
+            )
+        leaves, structure = jax.tree.flatten(updates)
+        variables = structure.flatten_up_to(params)
+        places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+        result = fn([(leaves[i], variables[i]) for i in places])
+        for i, gradient in zip(
+            places, _gradients(fn, result, len(places)), strict=True
+        ):
+            leaves[i] = _like(fn, gradient, leaves[i])
+        return jax.tree.unflatten(structure, leaves), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
+    pairs = list(result) if isinstance(result, (list, tuple)) else None
+    if pairs is None or any(
+        not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs
+    ):
+        raise refusal(
+            "clip_by_function", "fn", fn, "must return a list of (gradient, variable)."
+        )
+    if len(pairs) != length:
+        raise refusal(
+            "clip_by_function",
+            "fn",
+            fn,
+            f"was given {length} pairs and returned {len(pairs)}. Return one for each.",
+        )
+    return [gradient for gradient, _ in pairs]
+
+
+def _like(fn: Any, gradient: Any, before: jax.Array) -> jax.Array:
+    if getattr(gradient, "shape", None) != before.shape or not is_inexact(gradient):
+        raise refusal(
+            "clip_by_function",
+            "fn",
+            fn,
+            f"returned {show(gradient)} for a gradient {show(before)}. Keep the shape.",
+        )
+    return jnp.asarray(gradient, before.dtype)

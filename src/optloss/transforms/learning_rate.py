@@ -1,0 +1,325 @@
+"""The learning rate: a number that lives in the state, and may decay."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import check_number, is_array, refusal, show
+from optloss.summaries import LEARNING_RATE
+from optloss.trees import (
+    accumulator_dtype,
+    inexact_only,
+    is_inexact,
+    keep_dtypes,
+    map_inexact,
+    real_dtype,
+    thaw,
+)
+
+Rate = float | jax.Array | optax.Schedule
+DecayFn = Callable[[jax.Array, jax.Array], jax.Array]
+Factory = Callable[[jax.Array], optax.GradientTransformation]
+
+
+class LearningRateState(NamedTuple):
+    """The base rate, the rate used last, and the state of the optimizer that used it."""
+
+    step: jax.Array  # int32 [], updates so far
+    base: jax.Array | None  # float [], the rate before decay; None for a schedule
+    rate: jax.Array  # float [], what the latest update used
+    inner: Any
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return {LEARNING_RATE: self.rate}
+
+
+def scale_by_learning_rate(
+    learning_rate: Rate, decay_fn: DecayFn | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiply the update by minus the learning rate of this step.
+
+    .. math:: u \leftarrow -\eta(t) \, u, \qquad \eta(t) = \text{decay_fn}(\eta_0, t)
+
+    The base rate :math:`\eta_0` lives in the state, where :func:`set_learning_rate` can
+    change it in mid-run without a new compilation and a checkpoint keeps it.
+
+    Args:
+        learning_rate: A real number, a 0-d array (may be traced), or a schedule, a
+            function of the step; with a schedule there is no base rate.
+        decay_fn: ``decay_fn(base_rate, step) -> rate``, such as
+            ``functools.partial(exponential_decay, decay_steps=1000, decay_rate=0.96)``.
+            The step is the extra argument ``step=`` of ``update``, or without one the
+            transform's own count.
+
+    Returns:
+        A transform with a :class:`~optloss.transforms.learning_rate.LearningRateState`.
+        Leaves keep shape ``[*shape]`` and dtype. The rate is a float32 scalar ``[]``,
+        float64 if given as a float64 array.
+
+    Raises:
+        ValueError: If the rate is a negative or not finite Python number, or no rate at
+            all; if a schedule comes with a ``decay_fn``; when traced, if the rate
+            computed is no real scalar.
+
+    Note:
+        It belongs behind the transforms that make the direction, as
+        ``optax.scale_by_learning_rate`` does. For a whole optimizer that takes the rate
+        itself there is :func:`inject_learning_rate`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = optax.chain(optax.scale_by_adam(), scale_by_learning_rate(0.1))
+        >>> params = jnp.array([1.0])
+        >>> updates, state = tx.update(jnp.array([5.0]), tx.init(params))
+        >>> print(optax.apply_updates(params, updates))
+        [0.9]
+
+    See also:
+        :func:`inject_learning_rate`, :func:`set_learning_rate`, ``optloss.decays``.
+    """
+    return _with_rate("scale_by_learning_rate", _descend, learning_rate, decay_fn)
+
+
+def _descend(rate: jax.Array) -> optax.GradientTransformation:
+    def scale(leaf: jax.Array) -> jax.Array:
+        wide = accumulator_dtype(leaf.dtype)
+        return (leaf.astype(wide) * -rate.astype(real_dtype(wide))).astype(leaf.dtype)
+
+    return optax.stateless(lambda updates, _: map_inexact(scale, updates))
+
+
+def inject_learning_rate(
+    factory: Factory, learning_rate: Rate, decay_fn: DecayFn | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Build an optimizer anew at every update, with the learning rate of that step.
+
+    ``factory(rate)`` is called with a traced scalar once per trace, so that the rate
+    may stand anywhere in the optimizer (Ftrl has it inside a square root's divisor) and
+    still change without a new compilation.
+
+    Args:
+        factory: A function of the rate that returns a transformation whose state does
+            not depend on the rate: ``optax.adam``,
+            ``optloss.optimizers.tensorflow.ftrl``.
+        learning_rate: As for :func:`scale_by_learning_rate`.
+        decay_fn: As for :func:`scale_by_learning_rate`.
+
+    Returns:
+        A transform with a :class:`~optloss.transforms.learning_rate.LearningRateState`
+        around the optimizer's state. That keeps the dtypes it started with, which some
+        of optax's optimizers let drift for bfloat16 parameters. Updates may be float32
+        for half-precision leaves until they are applied. Leaves that are not floating
+        or complex are passed by the optimizer.
+
+    Raises:
+        ValueError: As :func:`scale_by_learning_rate`; if ``factory`` is not callable,
+            returns no transformation, or is wrapped in ``optax.inject_hyperparams``.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = inject_learning_rate(lambda rate: optax.sgd(rate, momentum=0.9), 0.1)
+        >>> params = jnp.array([1.0])
+        >>> updates, state = tx.update(jnp.array([5.0]), tx.init(params), params)
+        >>> print(updates, state.rate)
+        [-0.5] 0.1
+
+    See also:
+        ``optax.inject_hyperparams``, which casts the rate to the parameters' dtype:
+        with bfloat16 parameters ``adam`` then gives NaN at the first update.
+    """
+    if not callable(factory):
+        raise refusal(
+            "inject_learning_rate",
+            "factory",
+            factory,
+            "must be a function of the learning rate, such as optax.adam.",
+        )
+    return _with_rate("inject_learning_rate", factory, learning_rate, decay_fn)
+
+
+def _with_rate(
+    call: str, factory: Factory, learning_rate: Rate, decay_fn: DecayFn | None
+) -> optax.GradientTransformationExtraArgs:
+    check_rate(call, learning_rate, decay_fn)
+    schedule = learning_rate if callable(learning_rate) else None
+
+    def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(check_transformation(call, factory(rate)))
+
+    def rate_at(base: jax.Array | None, step: jax.Array) -> jax.Array:
+        if schedule is not None:
+            return check_scalar(call, "learning_rate", schedule, schedule(step))
+        if decay_fn is None:
+            return base
+        return check_scalar(call, "decay_fn", decay_fn, decay_fn(base, step))
+
+    def init(params: optax.Params) -> LearningRateState:
+        base = None if schedule is not None else start_rate(learning_rate)
+        rate = jnp.zeros((), jnp.float32) if base is None else jnp.copy(base)
+        inner = build(rate).init(inexact_only(params))
+        check_rate_is_outside(call, inner)
+        step = jnp.zeros((), jnp.int32)
+        return LearningRateState(step, base, rate, inner)
+
+    def update(
+        updates: optax.Updates,
+        state: LearningRateState,
+        params: optax.Params | None = None,
+        *,
+        step: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, LearningRateState]:
+        rate = rate_at(state.base, state.step if step is None else step)
+        rate = jnp.asarray(rate, state.rate.dtype)
+        if step is not None:
+            extra["step"] = step
+        steps, inner = build(rate).update(
+            inexact_only(updates),
+            state.inner,
+            None if params is None else inexact_only(params),
+            **extra,
+        )
+        selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
+        inner = keep_dtypes(inner, state.inner)
+        count = optax.safe_increment(state.step)
+        new_state = LearningRateState(count, state.base, rate, inner)
+        return thaw(steps, updates, selected), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def start_rate(learning_rate: float | jax.Array) -> jax.Array:
+    """Return the base rate as a scalar of its own: float64 only if given as such."""
+    wide = is_array(learning_rate) and learning_rate.dtype == jnp.float64
+    return jnp.array(learning_rate, jnp.float64 if wide else jnp.float32, copy=True)
+
+
+def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
+    """Return ``state`` with another learning rate (the base rate, where there is a decay).
+
+    Nothing is compiled anew: the rate is a scalar in the state, not a constant of the
+    program.
+
+    Args:
+        state: A ``TrainOpState``, the state of :func:`make_optimizer`, or any tree that
+            holds the state of one :func:`inject_learning_rate` or
+            :func:`scale_by_learning_rate`.
+        value: The new rate, a real number or 0-d array; may be traced.
+
+    Returns:
+        A tree of the same structure, dtypes and placement.
+
+    Raises:
+        ValueError: If ``value`` is no such number, or the state holds no base rate (the
+            optimizer was an instance, or the rate a schedule) or several.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> state = scale_by_learning_rate(0.1).init(jnp.zeros(2))
+        >>> print(set_learning_rate(state, 0.01).base)
+        0.01
+    """
+    _check_rate_number("set_learning_rate", "value", value)
+    nodes, structure = jax.tree.flatten(state, is_leaf=_has_rate)
+    places = [i for i, node in enumerate(nodes) if _has_rate(node)]
+    if not places or any(nodes[i].base is None for i in places):
+        raise ValueError(
+            f"set_learning_rate({show(type(state))}): the state holds no base rate. An "
+            "optimizer given as an instance keeps its own rate, and a schedule has none: "
+            "give a number as learning_rate, and the optimizer by name or as a function."
+        )
+    if len(places) > 1:
+        raise ValueError(
+            f"set_learning_rate({show(type(state))}): the state holds {len(places)} base "
+            "rates. Set them one by one in their parts of the state."
+        )
+    node = nodes[places[0]]
+    nodes[places[0]] = node._replace(base=_beside(node.base, value))
+    return jax.tree.unflatten(structure, nodes)
+
+
+def _has_rate(node: Any) -> bool:
+    return isinstance(node, LearningRateState)
+
+
+def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
+    new = jnp.array(value, old.dtype, copy=True)
+    traced = isinstance(new, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+    # Placed elsewhere than the old rate, it would cost the step a new compilation.
+    if not traced and getattr(old, "committed", False):
+        return jax.device_put(new, old.sharding)
+    return new
+
+
+def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
+    """Refuse what is neither a rate nor a schedule, and a schedule with a decay."""
+    if decay_fn is not None and not callable(decay_fn):
+        raise refusal(
+            call, "decay_fn", decay_fn, "must be a function (rate, step) -> rate."
+        )
+    if callable(learning_rate) and not isinstance(learning_rate, type):
+        if decay_fn is not None:
+            raise refusal(
+                call,
+                "learning_rate",
+                learning_rate,
+                "a schedule and a decay function exclude each other. Give a number.",
+            )
+        return
+    _check_rate_number(call, "learning_rate", learning_rate)
+
+
+def _check_rate_number(call: str, argument: str, value: Any) -> None:
+    check_number(
+        call,
+        argument,
+        value,
+        lambda number: 0 <= number < float("inf"),
+        "a finite real number >= 0 or a 0-d array.",
+    )
+
+
+def check_transformation(call: str, result: Any) -> Any:
+    """Refuse what an optimizer's factory returned unless it has ``init`` and ``update``."""
+    if isinstance(result, type) or not (
+        callable(getattr(result, "init", None))
+        and callable(getattr(result, "update", None))
+    ):
+        raise ValueError(
+            f"{call}: the optimizer's function returned {show(result)}, which is no "
+            "optax transformation. Return one, such as optax.sgd(rate)."
+        )
+    return result
+
+
+def check_rate_is_outside(call: str, inner: Any) -> None:
+    """Refuse the state of ``optax.inject_hyperparams``: it would keep its first rate."""
+    if any(
+        hasattr(node, "hyperparams")
+        for node in jax.tree.leaves(inner, is_leaf=lambda n: hasattr(n, "hyperparams"))
+    ):
+        raise ValueError(
+            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose state "
+            "would keep the first learning rate for ever. Pass it unwrapped."
+        )
+
+
+def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
+    """Refuse what a schedule or decay function returned unless it is a real scalar."""
+    dtype = getattr(result, "dtype", None)
+    shape = getattr(result, "shape", ())
+    real = isinstance(result, (int, float)) if dtype is None else is_real(dtype)
+    if shape != () or not real or isinstance(result, bool):
+        raise refusal(
+            call, argument, fn, f"must return a real scalar, returned {show(result)}."
+        )
+    return result
+
+
+def is_real(dtype: Any) -> bool:
+    """Tell whether ``dtype`` is an integer or real floating one."""
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)

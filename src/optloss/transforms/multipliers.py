@@ -1,0 +1,181 @@
+"""Multipliers by parameter name."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import check_number, is_number, refusal
+from optloss.names import Pattern, assign, is_pattern, leaf_names
+from optloss.trees import is_inexact, scale_leaves
+
+Multipliers = Mapping[Pattern, float | jax.Array]
+
+
+def multiply_gradients(
+    multipliers: Multipliers,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiply the gradients of some parameters, chosen by name.
+
+    Before the optimizer it multiplies the gradient, as TensorFlow's
+    ``gradient_multipliers`` did; after it, the update, and so that parameter's rate:
+
+    .. math:: g_i \leftarrow m_i \, g_i
+
+    Args:
+        multipliers: Maps a parameter's name, a glob (``*`` stays inside one segment,
+            ``**`` spans any number) or a compiled regular expression to a real number
+            or 0-d array, which may be traced. The first that matches a name wins; a
+            parameter that none matches is left alone.
+
+    Returns:
+        A transform without state. Leaves keep shape ``[*shape]`` and dtype. Where the
+        multiplier is exactly 0 the result is exactly 0, whatever the gradient holds.
+
+    Raises:
+        ValueError: If a multiplier is no finite real number; at ``init``, if a pattern
+            matches no parameter, or earlier ones leave it nothing.
+
+    Note:
+        Adam, Adagrad and RMSProp divide the gradient by its own running size, which
+        nearly undoes a constant multiplier *before* them. To change a layer's rate put
+        it after the optimizer: ``learning_rate_multipliers`` of :func:`optimize_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rules = multiply_gradients({"head/*": 10.0, "**/bias": 0.0})
+        >>> params = {"body": {"bias": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
+        >>> scaled, _ = rules.update(params, rules.init(params))
+        >>> print(scaled["body"]["bias"], scaled["head"]["kernel"])
+        [0. 0.] [10. 10.]
+
+    See also:
+        :func:`layerwise_decay`, which makes such a mapping for fine-tuning.
+    """
+    check_multipliers("multiply_gradients", "multipliers", multipliers)
+    patterns, values = tuple(multipliers), list(multipliers.values())
+
+    @functools.lru_cache(maxsize=4)
+    def resolve(names: tuple[str, ...]) -> list[int | None]:
+        return assign("multiply_gradients", patterns, names, check=False)
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        assign("multiply_gradients", patterns, leaf_names(params))
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params, extra
+        leaves, structure = jax.tree.flatten(updates)
+        rules = resolve(tuple(leaf_names(updates)))
+        scaled = [
+            leaf if rule is None else _multiply(leaf, values[rule])
+            for leaf, rule in zip(leaves, rules, strict=True)
+        ]
+        return jax.tree.unflatten(structure, scaled), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
+    if not is_inexact(leaf):
+        return leaf
+    if is_number(multiplier) and multiplier == 0:
+        return jnp.zeros_like(leaf)
+    scaled = scale_leaves(leaf, jnp.asarray(multiplier))
+    if is_number(multiplier):
+        return scaled
+    return jnp.where(multiplier == 0, jnp.zeros_like(leaf), scaled)
+
+
+def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
+    """Refuse ``multipliers`` unless it maps names or patterns to finite real numbers."""
+    if not isinstance(multipliers, Mapping):
+        raise refusal(
+            call, argument, multipliers, "must map parameter names to numbers."
+        )
+    for pattern, value in multipliers.items():
+        if not is_pattern(pattern):
+            raise refusal(
+                call,
+                argument,
+                multipliers,
+                f"the key {pattern!r} is neither a name nor a compiled pattern.",
+            )
+        check_number(
+            call,
+            f"{argument}[{pattern!r}]",
+            value,
+            lambda number: abs(number) < float("inf"),
+            "a finite real number or a 0-d array.",
+        )
+
+
+def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern, float]:
+    r"""Return multipliers that shrink geometrically from the last layer to the first.
+
+    The usual recipe of fine-tuning: what is nearer to the input is more general, and
+    should move less. Layer :math:`i` of :math:`n` gets
+
+    .. math:: m_i = r^{\,n - i}
+
+    with :math:`r` = ``rate``; what the pattern does not match keeps its whole rate.
+
+    Args:
+        rate: Factor between one layer and the next, > 0.
+        pattern: A name or glob in which ``{}`` stands for the number of the layer,
+            counted from 0.
+        num_layers: How many layers there are, >= 1.
+
+    Returns:
+        A dict from pattern to multiplier, for ``learning_rate_multipliers``.
+
+    Raises:
+        ValueError: If ``rate`` is no number > 0, ``pattern`` holds no ``{}``, or
+            ``num_layers`` is no int >= 1.
+
+    Example:
+        >>> layerwise_decay(0.5, "encoder/layers_{}/**", 2)
+        {'encoder/layers_0/**': 0.25, 'encoder/layers_1/**': 0.5}
+
+    See also:
+        :func:`multiply_gradients`.
+
+    References:
+        Howard and Ruder, *Universal Language Model Fine-tuning for Text
+        Classification*, 2018, arXiv:1801.06146, section 3.2 (there one rate a layer,
+        eta / 2.6).
+    """
+    check_number(
+        "layerwise_decay",
+        "rate",
+        rate,
+        lambda number: 0 < number < float("inf"),
+        "a real number > 0.",
+    )
+    if not isinstance(pattern, str) or "{}" not in pattern:
+        raise refusal(
+            "layerwise_decay",
+            "pattern",
+            pattern,
+            "must be a str with {} where the layer's number goes.",
+        )
+    if (
+        not isinstance(num_layers, int)
+        or isinstance(num_layers, bool)
+        or num_layers < 1
+    ):
+        raise refusal(
+            "layerwise_decay", "num_layers", num_layers, "must be an int >= 1."
+        )
+    return {
+        pattern.replace("{}", str(i)): rate ** (num_layers - i)
+        for i in range(num_layers)
+    }

@@ -1,0 +1,182 @@
+"""Gaussian noise on the gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optloss.messages import check_number, is_array, refusal
+from optloss.names import leaf_names
+from optloss.norms import varying_axes
+from optloss.sampling import draw_normals, split_key
+from optloss.summaries import NOISE_STD
+from optloss.trees import accumulator_dtype, is_inexact, real_dtype
+
+DISTRIBUTIONS = ("normal", "truncated_normal")
+
+
+class NoiseState(NamedTuple):
+    """Where the next draw starts, and how strong the latest was."""
+
+    step: jax.Array  # int32 [], draws so far
+    key: jax.Array  # uint32 [*key], the words of the key
+    noise_std: jax.Array  # float32 [], std of the latest draw
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return {NOISE_STD: self.noise_std}
+
+
+def add_gradient_noise(
+    scale: float | jax.Array,
+    *,
+    annealing: float | jax.Array = 0.0,
+    distribution: str = "normal",
+    key: int | jax.Array = 0,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Add independent noise to every element of the gradient.
+
+    Noise helps to leave saddle points and poor minima; annealed, it fades as training
+    settles. At step :math:`t`
+
+    .. math:: g \leftarrow g + \frac{s}{(1 + t)^{\gamma / 2}} \, z, \qquad z \sim N(0, 1)
+
+    with :math:`s` = ``scale`` and :math:`\gamma` = ``annealing``. Each draw is a
+    function of the key, the number of draws so far, the leaf's name and its shape
+    alone: adding a leaf leaves the others' noise as it was, a resumed run draws what
+    the undisturbed one would have, and the noise is the same on one device and on many.
+
+    Args:
+        scale: Standard deviation of the noise at step 0, >= 0, in the units of the
+            gradient. May be traced.
+        annealing: Exponent of the variance's decay, >= 0; 0 is constant noise, the
+            paper has 0.55. The step is the extra argument ``step=`` of ``update``, or
+            without one the transform's own count.
+        distribution: ``"normal"``, or ``"truncated_normal"``: redrawn beyond two
+            standard deviations, which TensorFlow's function drew (its std is 0.8796 of
+            ``scale``).
+        key: A seed, or a JAX key of any implementation.
+        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
+            sharded over: shards of one leaf then draw independently, replicas the same.
+
+    Returns:
+        A transform with a :class:`~optloss.transforms.noise.NoiseState`. Leaves keep
+        shape ``[*shape]`` and dtype; the noise is drawn and added in float32 for half
+        precision.
+
+    Raises:
+        ValueError: If ``scale`` or ``annealing`` is a Python number that is negative or
+            not finite, ``distribution`` is neither of the two, or ``key`` is no key.
+
+    Note:
+        Put it before a clip, so that the clip bounds what the optimizer sees.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> noise = add_gradient_noise(0.1, key=42)
+        >>> grads = {"w": jnp.zeros(1000)}
+        >>> noisy, state = noise.update(grads, noise.init(grads))
+        >>> print(f"{noisy['w'].std():.2f}", state.step)
+        0.10 1
+
+    See also:
+        ``optax.add_noise``, whose second argument is this ``annealing`` and whose first
+        is the *variance*.
+
+    References:
+        Neelakantan et al., *Adding Gradient Noise Improves Learning for Very Deep
+        Networks*, 2015, arXiv:1511.06807, section 3 (there :math:`\eta = s^2`).
+    """
+    for argument, value in (("scale", scale), ("annealing", annealing)):
+        check_number(
+            "add_gradient_noise",
+            argument,
+            value,
+            lambda number: 0 <= number < float("inf"),
+            "a finite real number >= 0 or a 0-d array.",
+        )
+    if distribution not in DISTRIBUTIONS:
+        raise refusal(
+            "add_gradient_noise",
+            "distribution",
+            distribution,
+            "must be 'normal' or 'truncated_normal'.",
+        )
+    check_key("add_gradient_noise", "key", key)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    silent = not is_array(scale) and scale == 0
+
+    def init(params: optax.Params) -> NoiseState:
+        del params
+        words, _ = split_key(key)
+        return NoiseState(
+            step=jnp.zeros((), jnp.int32),
+            key=jnp.array(words, copy=True),
+            noise_std=jnp.zeros((), jnp.float32),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: NoiseState,
+        params: Any = None,
+        *,
+        step: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, NoiseState]:
+        del params, extra
+        time = state.step if step is None else step
+        std = scale / (1.0 + time) ** (0.5 * annealing)
+        new_state = NoiseState(
+            step=optax.safe_increment(state.step),
+            key=state.key,
+            noise_std=jnp.asarray(std, jnp.float32),
+        )
+        if silent:
+            return updates, new_state
+        impl = split_key(key)[1]
+        leaves, structure = jax.tree.flatten(updates)
+        places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+        names = leaf_names(updates)
+        draws = draw_normals(
+            state.key,
+            impl,
+            state.step,
+            [names[i] for i in places],
+            [leaves[i] for i in places],
+            distribution=distribution,
+            salts=[_shard_index(leaves[i], axes) for i in places],
+        )
+        for i, z in zip(places, draws, strict=True):
+            leaves[i] = _add(leaves[i], std, z)
+        return jax.tree.unflatten(structure, leaves), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _add(leaf: jax.Array, std: Any, z: jax.Array) -> jax.Array:
+    wide = accumulator_dtype(leaf.dtype)
+    std = jnp.asarray(std, real_dtype(wide))
+    return (leaf.astype(wide) + std * z.astype(wide)).astype(leaf.dtype)
+
+
+def _shard_index(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array | None:
+    over = varying_axes(leaf, axes)
+    return jax.lax.axis_index(over).astype(jnp.uint32) if over else None
+
+
+def check_key(call: str, argument: str, key: Any) -> None:
+    """Refuse ``key`` unless it is a seed, a typed key or a raw uint32 key."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        good = -(2**63) <= key < 2**64
+    elif is_array(key):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+        seed = jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ()
+        raw = key.dtype == jnp.uint32 and key.ndim == 1
+        good = typed or seed or raw
+    else:
+        good = False
+    if not good:
+        raise refusal(call, argument, key, "must be an int or a JAX random key.")

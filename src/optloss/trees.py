@@ -1,0 +1,118 @@
+"""Leaves and norms of parameter trees.
+
+A tree may hold anything: floating arrays that are trained, integer tables, ``None``
+where a partition took a leaf away, ``float0`` where JAX differentiated an integer. Only
+the *inexact* leaves, floating or complex arrays, are arithmetic to this library; the
+rest pass through untouched.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Tell whether ``leaf`` is a floating or complex array, or the shape of one."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply ``fn`` to the inexact leaves of ``tree`` (and what ``rest`` has there)."""
+    return jax.tree.map(
+        lambda leaf, *others: fn(leaf, *others) if is_inexact(leaf) else leaf,
+        tree,
+        *rest,
+    )
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """Return the dtype sums over ``dtype`` are kept in: at least float32, same kind."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def real_dtype(dtype: Any) -> Any:
+    """Return the dtype of the absolute values of ``dtype``."""
+    return jnp.finfo(dtype).dtype
+
+
+def norm_dtype(tree: Any) -> Any:
+    """Return the dtype of a norm over ``tree``: float64 if a leaf is, else float32."""
+    dtypes = [real_dtype(leaf.dtype) for leaf in inexact_leaves(tree)]
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
+def inexact_leaves(tree: Any) -> list[Any]:
+    """Return the floating and complex leaves of ``tree`` in tree order."""
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+
+
+def strong(leaf: Any) -> jax.Array:
+    """Return ``leaf`` as an array of its own whose type is not weak."""
+    leaf = jnp.array(leaf, copy=True)
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
+
+
+def scale_leaves(tree: Any, factor: jax.Array) -> Any:
+    """Multiply the inexact leaves of ``tree`` by a real ``factor``, keeping dtypes."""
+
+    def scale(leaf: jax.Array) -> jax.Array:
+        wide = accumulator_dtype(leaf.dtype)
+        by = jnp.asarray(factor, real_dtype(wide))
+        return (leaf.astype(wide) * by).astype(leaf.dtype)
+
+    return map_inexact(scale, tree)
+
+
+def freeze(tree: Any, selected: Sequence[bool]) -> Any:
+    """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not selected."""
+    leaves, structure = jax.tree.flatten(tree)
+    kept = [
+        leaf if wanted else optax.MaskedNode()
+        for leaf, wanted in zip(leaves, selected, strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
+
+
+def thaw(tree: Any, frozen: Any, selected: Sequence[bool]) -> Any:
+    """Return ``frozen`` with the leaves of ``tree`` where ``selected`` says so."""
+    leaves, structure = jax.tree.flatten(frozen)
+    trained = iter(jax.tree.leaves(tree))
+    merged = [
+        next(trained) if wanted else leaf
+        for leaf, wanted in zip(leaves, selected, strict=True)
+    ]
+    return jax.tree.unflatten(structure, merged)
+
+
+def negative_zeros(shapes: Any, like: Any) -> Any:
+    """Return updates of the given ``shapes`` that leave every parameter bit for bit."""
+
+    def zero(shape: Any, leaf: Any) -> Any:
+        if not is_inexact(shape):
+            return leaf
+        complex_leaf = jnp.issubdtype(shape.dtype, jnp.complexfloating)
+        nothing = complex(-0.0, -0.0) if complex_leaf else -0.0
+        return jnp.full_like(leaf, nothing, dtype=shape.dtype)
+
+    return jax.tree.map(zero, shapes, like)
+
+
+def keep_dtypes(new: Any, old: Any) -> Any:
+    """Return the state ``new`` in the dtypes of ``old``; random keys stay as they are."""
+
+    def keep(leaf: Any, before: Any) -> Any:
+        dtype = getattr(before, "dtype", None)
+        if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
+            return leaf
+        return jax.lax.convert_element_type(leaf, dtype)
+
+    return jax.tree.map(keep, new, old)
+
+
+def inexact_only(tree: Any) -> Any:
+    """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
+    return freeze(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,563 @@
+"""The nine decay functions against float64 restatements, and at their exact steps."""
+
+import functools
+import inspect
+import itertools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy_reference import DECAYS
+
+from optloss import decays
+
+RATE = 0.3
+SETTINGS = {
+    "exponential_decay": [
+        {"decay_steps": 7, "decay_rate": 0.5},
+        {"decay_steps": 2.5, "decay_rate": 1.02},
+        {"decay_steps": 41, "decay_rate": 0.1, "staircase": True},
+        {"decay_steps": 41, "decay_rate": -0.5, "staircase": True},
+    ],
+    "natural_exp_decay": [
+        {"decay_steps": 6, "decay_rate": 0.4},
+        {"decay_steps": 600, "decay_rate": -0.4},
+        {"decay_steps": 47, "decay_rate": 0.4, "staircase": True},
+    ],
+    "inverse_time_decay": [
+        {"decay_steps": 4, "decay_rate": 0.5},
+        {"decay_steps": 55, "decay_rate": 0.5, "staircase": True},
+        {"decay_steps": 0.25, "decay_rate": 2, "staircase": True},
+    ],
+    "polynomial_decay": [
+        {"decay_steps": 20},
+        {"decay_steps": 20, "end_learning_rate": 0.01, "power": 2.0},
+        {"decay_steps": 49, "end_learning_rate": 0.5, "power": 0.5},
+        {"decay_steps": 9, "end_learning_rate": 0.01, "power": 0.7, "cycle": True},
+        {"decay_steps": 4.5, "cycle": True},
+        {"decay_steps": 20, "power": 0},
+    ],
+    "cosine_decay": [
+        {"decay_steps": 22},
+        {"decay_steps": 61, "alpha": 0.2},
+        {"decay_steps": 10.5, "alpha": -0.2},
+    ],
+    "cosine_decay_restarts": [
+        {"first_decay_steps": 6},
+        {"first_decay_steps": 7, "t_mul": 1.5, "m_mul": 0.8, "alpha": 0.05},
+        {"first_decay_steps": 8, "t_mul": 1.0, "m_mul": 0.5},
+        {"first_decay_steps": 7.5, "t_mul": 3, "m_mul": -0.5},
+        {"first_decay_steps": 160, "t_mul": 0.5, "m_mul": 1.5},
+    ],
+    "linear_cosine_decay": [
+        {"decay_steps": 25},
+        {"decay_steps": 47, "num_periods": 2.0, "alpha": 0.1, "beta": 0.01},
+    ],
+    "noisy_linear_cosine_decay": [
+        {"decay_steps": 47, "initial_variance": 0.0, "num_periods": 1.5, "beta": 0.1},
+    ],
+    "piecewise_constant": [
+        {"boundaries": [5, 12, 20], "values": [0.8, 0.4, 0.2, 0.05]},
+        {"boundaries": [], "values": [0.8]},
+    ],
+}
+CASES = [(name, settings) for name, group in SETTINGS.items() for settings in group]
+STEPS = [*range(130), 255, 1000]
+
+
+def label(value):
+    if isinstance(value, dict):
+        return ",".join(f"{key}={x}" for key, x in value.items())
+    return None
+
+
+every_case = pytest.mark.parametrize(("name", "settings"), CASES, ids=label)
+one_case_each = pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, group[0]) for name, group in SETTINGS.items()],
+    ids=label,
+)
+
+
+def bind(name, settings):
+    """Return the decay as a function of the rate and the step."""
+    fn = functools.partial(getattr(decays, name), **settings)
+    return (lambda rate, step: fn(step)) if name == "piecewise_constant" else fn
+
+
+def restated(name, settings, steps=STEPS, rate=RATE):
+    return np.array([DECAYS[name](rate, step, **settings) for step in steps])
+
+
+@every_case
+@pytest.mark.parametrize("jitted", [True, False], ids=["jitted", "eager"])
+def test_a_decay_equals_its_restatement(name, settings, jitted):
+    decay = jax.jit(bind(name, settings)) if jitted else bind(name, settings)
+    steps = STEPS if jitted else STEPS[:: len(STEPS) // 10]
+    found = [decay(RATE, step) for step in steps]
+    expected = restated(name, settings, steps)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=3e-7)
+
+
+@every_case
+def test_a_float64_rate_is_decayed_in_float64(name, settings):
+    with jax.enable_x64(True):
+        if name == "piecewise_constant":
+            values = [np.array(value) for value in settings["values"]]
+            settings = settings | {"values": values}
+        decay = jax.jit(bind(name, settings))
+        found = [decay(np.array(RATE), step) for step in STEPS]
+        assert {rate.dtype for rate in found} == {jnp.dtype("float64")}
+        np.testing.assert_allclose(found, restated(name, settings), 1e-13, 1e-14)
+
+
+@one_case_each
+@pytest.mark.parametrize("x64", [False, True])
+def test_any_other_rate_is_decayed_in_float32(name, settings, x64):
+    with jax.enable_x64(x64):
+        decay = bind(name, settings)
+        rates = [1, 0.25, np.float32(0.25), jnp.bfloat16(0.25), jnp.int32(1)]
+        rates += [np.float64(0.25), jnp.asarray(0.25, jnp.float16)]
+        for rate, step in itertools.zip_longest(rates, [3, np.int64(3), jnp.uint8(3)]):
+            found = decay(rate, 3 if step is None else step)
+            assert (found.dtype, found.shape, found.weak_type) == (
+                jnp.float32,
+                (),
+                False,
+            )
+            assert found == decay(jnp.float32(rate), 3)
+
+
+@one_case_each
+def test_many_steps_at_once_and_vmap_give_what_single_steps_give(name, settings):
+    decay, steps = bind(name, settings), np.arange(40)
+    single = jnp.stack([jax.jit(decay)(RATE, step) for step in steps])
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    near(decay(RATE, steps), single)
+    near(jax.vmap(functools.partial(decay, RATE))(jnp.asarray(steps)), single)
+    rates = RATE * jnp.arange(1.0, 4.0)
+    many = jax.vmap(decay, (0, None))(rates, 9)
+    expected = (
+        [single[9]] * 3
+        if name == "piecewise_constant"
+        else [decay(rate, 9) for rate in rates]
+    )
+    if name != "piecewise_constant":
+        near(many, expected)
+
+
+@one_case_each
+def test_the_derivative_by_the_rate_is_a_difference_quotient(name, settings):
+    decay = bind(name, settings)
+    slope = jax.jit(jax.grad(decay))(jnp.float32(RATE), 5)
+    quotient = (decay(RATE + 0.125, 5) - decay(RATE - 0.125, 5)) / 0.25
+    np.testing.assert_allclose(slope, quotient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("exponential_decay", {"decay_steps": 7.0, "decay_rate": 0.5}),
+        ("natural_exp_decay", {"decay_steps": 7.0, "decay_rate": 0.5}),
+        ("inverse_time_decay", {"decay_steps": 7.0, "decay_rate": 0.5}),
+        (
+            "polynomial_decay",
+            {"decay_steps": 7.0, "end_learning_rate": 0.1, "power": 2.0},
+        ),
+        ("cosine_decay", {"decay_steps": 7.0, "alpha": 0.1}),
+        (
+            "cosine_decay_restarts",
+            {"first_decay_steps": 7.0, "t_mul": 1.5, "m_mul": 0.5, "alpha": 0.1},
+        ),
+        ("linear_cosine_decay", {"decay_steps": 7.0, "num_periods": 0.75, "beta": 0.1}),
+    ],
+    ids=label,
+)
+@pytest.mark.parametrize("step", [2, 10])
+def test_the_other_arguments_may_be_traced_and_differentiated(name, settings, step):
+    decay = getattr(decays, name)
+    traced = jax.jit(lambda settings: decay(RATE, step, **settings))
+    np.testing.assert_allclose(traced(settings), decay(RATE, step, **settings), 1e-5)
+    slopes = jax.grad(traced)(jax.tree.map(jnp.float32, settings))
+    for key, value in settings.items():
+        ends = [settings | {key: value + change} for change in (1e-6, -1e-6)]
+        above, below = (restated(name, end, [step])[0] for end in ends)
+        quotient = (above - below) / 2e-6
+        np.testing.assert_allclose(slopes[key], quotient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_steps", [7, 41, 47, 55, 61, 1000])
+def test_a_stair_is_on_its_step(decay_steps):
+    def stairs(step):
+        return decays.inverse_time_decay(1.0, step, decay_steps, 1.0, staircase=True)
+
+    first = np.arange(1, 200) * decay_steps
+    found = jax.jit(jax.vmap(stairs))(jnp.stack([first - 1, first]))
+    expected = np.stack([np.arange(1, 200), np.arange(2, 201)])
+    np.testing.assert_array_equal(np.round(1 / np.float64(found)), expected)
+
+
+@pytest.mark.parametrize("decay_steps", [2**24 + 1, 2**31 - 2, 2.0**25 + 2])
+def test_a_stair_is_on_its_step_where_float32_has_no_such_number(decay_steps):
+    @jax.jit
+    def stairs(step):
+        return decays.exponential_decay(1.0, step, decay_steps, 0.5, staircase=True)
+
+    first = int(decay_steps)
+    assert [float(stairs(first + i)) for i in (-1, 0, 1)] == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("decay_steps", [jnp.int32(41), jnp.float32(41)])
+def test_a_traced_number_of_steps_keeps_stairs_on_their_steps(decay_steps):
+    @jax.jit
+    def stairs(step, decay_steps):
+        return decays.exponential_decay(1.0, step, decay_steps, 0.5, staircase=True)
+
+    found = [float(stairs(step, decay_steps)) for step in (40, 41, 81, 82)]
+    assert found == [1.0, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("decay_steps", [7, 41, 49, 4.9, 2**24 + 1])
+def test_a_decay_is_at_its_end_from_the_last_step_on(decay_steps):
+    last = int(np.ceil(decay_steps))
+    ends = {
+        "polynomial": lambda s: decays.polynomial_decay(0.5, s, decay_steps, 0.1, 0.25),
+        "cosine": lambda s: decays.cosine_decay(0.5, s, decay_steps),
+        "linear": lambda s: decays.linear_cosine_decay(0.5, s, decay_steps, beta=0.0),
+    }
+    for step in (last, last + 1, 2**31 - 1):
+        found = {name: float(jax.jit(end)(step)) for name, end in ends.items()}
+        assert found == {
+            "polynomial": float(jnp.float32(0.1)),
+            "cosine": 0,
+            "linear": 0,
+        }
+    assert all(end(last - 1) != end(last) for end in ends.values()) or last > 2**24
+
+
+@pytest.mark.parametrize("decay_steps", [7, 41, 1000])
+def test_a_polynomial_cycle_ends_on_its_step_and_starts_half_way_up(decay_steps):
+    decay = jax.jit(
+        functools.partial(
+            decays.polynomial_decay,
+            1.0,
+            decay_steps=decay_steps,
+            end_learning_rate=0.0,
+            cycle=True,
+        )
+    )
+    assert decay(0) == 1
+    for cycle in (1, 2, 20):
+        assert decay(cycle * decay_steps) == 0
+        rise = (decay_steps - 1) / ((cycle + 1) * decay_steps)
+        np.testing.assert_allclose(decay(cycle * decay_steps + 1), rise, rtol=1e-5)
+
+
+def exact_restarts(step, first, growth, m_mul, alpha):
+    """Follow the cycles one by one, in fractions."""
+    start, length, height = Fraction(0), Fraction(str(first)), 1.0
+    while step >= start + length:
+        start, length = start + length, length * Fraction(str(growth))
+        height *= m_mul
+    share = float((step - start) / length)
+    return (1 - alpha) * height * 0.5 * (1 + np.cos(np.pi * share)) + alpha
+
+
+@given(
+    first=st.sampled_from([1, 5, 6.5, 10, 100, 1000]),
+    growth=st.sampled_from([1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 3, 10]),
+    step=st.integers(0, 20_000),
+)
+def test_restarts_are_those_of_exact_arithmetic(first, growth, step):
+    found = decays.cosine_decay_restarts(1.0, step, first, growth, 0.75, 0.125)
+    expected = exact_restarts(step, first, growth, 0.75, 0.125)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["tabulated", "traced"])
+@pytest.mark.parametrize("growth", [1, 1.1, 1.2, 1.5, 2, 3])
+@pytest.mark.parametrize("first", [5, 10, 100, 1000])
+def test_a_restart_is_on_its_step(first, growth, traced):
+    def decay(step, first, growth):
+        return decays.cosine_decay_restarts(1.0, step, first, growth, m_mul=0.5)
+
+    if traced:
+        decay = jax.jit(decay)
+    start, length = Fraction(0), Fraction(first)
+    for cycle in range(5):
+        if start.denominator == 1:
+            np.testing.assert_allclose(
+                decay(int(start), first, growth), 0.5**cycle, 1e-6
+            )
+            if cycle:
+                assert decay(int(start) - 1, first, growth) < 0.3 * 0.5 ** (cycle - 1)
+        start, length = start + length, length * Fraction(str(growth))
+
+
+def test_the_originals_float32_accident_is_not_repeated():
+    decay = jax.jit(
+        lambda step: decays.cosine_decay_restarts(0.5, step, 100, t_mul=1.2)
+    )
+    assert decay(220) == 0.5
+    assert 0 < decay(219) < 1e-3
+    assert 0.499 < decay(221) < 0.5
+
+
+def test_a_late_restart_is_on_its_step():
+    decay = jax.jit(lambda step: decays.cosine_decay_restarts(1.0, step, 1000))
+    start = 1000 * (2**20 - 1)
+    assert [float(decay(start + i)) for i in (-1, 0)] == [0.0, 1.0]
+    assert float(decay(2**31 - 1)) < 1e-2
+
+
+@pytest.mark.parametrize("step", [99, 130, 999, 5000])
+def test_a_growth_next_to_one_is_nearly_one(step):
+    near = decays.cosine_decay_restarts(1.0, step, 100, t_mul=1 + 1e-9)
+    np.testing.assert_allclose(near, exact_restarts(step, 100, 1, 1, 0), atol=1e-5)
+
+
+def test_shrinking_cycles_end_at_the_lowest_rate():
+    decay = functools.partial(
+        decays.cosine_decay_restarts, 0.5, first_decay_steps=8, t_mul=0.5, alpha=0.25
+    )
+    assert [float(decay(step)) for step in (0, 8, 12, 14, 15)] == [0.5] * 5
+    assert [float(decay(step)) for step in (16, 17, 2**31 - 1)] == [0.125] * 3
+
+
+def test_a_boundary_belongs_to_the_old_value_however_large_it_is():
+    boundaries = [10, 2**24 + 1, 2**31 - 2]
+    piecewise = functools.partial(
+        decays.piecewise_constant, boundaries=boundaries, values=[1, 2, 3, 4]
+    )
+    for i, boundary in enumerate(boundaries):
+        for decay in (piecewise, jax.jit(piecewise)):
+            assert decay(boundary) == i + 1
+            assert decay(boundary + 1) == i + 2
+
+
+def test_a_boundary_out_of_reach_is_never_reached():
+    decay = functools.partial(decays.piecewise_constant, values=[1.0, 2.0])
+    assert decay(2**31 - 1, boundaries=[2**40]) == 1
+    assert decay(jnp.uint8(255), boundaries=[300]) == 1
+    assert decay(-5, boundaries=[-6]) == 2
+
+
+def test_pieces_may_be_cut_at_fractions_of_an_epoch_and_by_arrays():
+    decay = decays.piecewise_constant
+    assert [decay(epoch, [1.5], [1, 2]) for epoch in (1.5, jnp.float32(1.75))] == [1, 2]
+    boundaries, values = jnp.array([3, 6]), jnp.array([1.0, 2.0, 3.0])
+    found = jax.jit(jax.vmap(decay, (0, None, None)))(jnp.arange(8), boundaries, values)
+    assert found.tolist() == [1, 1, 1, 1, 2, 2, 2, 3]
+    assert decay(4, [3, jnp.int32(6)], [1, jnp.float32(2), 3]) == 2
+
+
+def test_a_step_beyond_int32_is_taken_as_a_float():
+    found = decays.inverse_time_decay(1.0, 2**33, 2**32, 1.0)
+    np.testing.assert_allclose(found, 1 / 3, rtol=1e-6)
+    assert decays.piecewise_constant(2**33, [5, 2**20], [1, 2, 3]) == 3
+
+
+def noises(steps, decay_steps=10**6, key=0, **settings):
+    """Return the noise alone: with no cosine the rate is line + noise."""
+    decay = functools.partial(
+        decays.noisy_linear_cosine_decay,
+        1.0,
+        decay_steps=decay_steps,
+        num_periods=0.0,
+        beta=0.0,
+        key=key,
+        **settings,
+    )
+    line = 1 - np.minimum(steps, decay_steps) / decay_steps
+    return np.float64(decay(np.asarray(steps))) - line
+
+
+def test_the_noise_is_normal_with_a_variance_that_falls():
+    steps = np.arange(20_000)
+    draws = noises(steps, initial_variance=0.25, variance_decay=0.5)
+    z = draws / (0.5 / (1 + steps) ** 0.25)
+    assert abs(z.mean()) < 0.03
+    assert abs(z.std() - 1) < 0.02
+    assert abs((z**4).mean() - 3) < 0.2
+    assert abs(np.corrcoef(z[1:], z[:-1])[0, 1]) < 0.03
+
+
+def test_after_the_end_the_noise_goes_on_with_the_last_variance():
+    draws = noises(np.arange(15, 8000), decay_steps=15)
+    assert len(np.unique(draws)) > 7900
+    np.testing.assert_allclose(draws.std(), 16**-0.275, rtol=0.05)
+
+
+def test_the_noise_depends_on_key_and_step_alone():
+    steps = np.arange(50)
+    draws = noises(steps)
+    single = jax.jit(decays.noisy_linear_cosine_decay, static_argnums=2)
+    for key in (jax.random.key(0), jax.random.PRNGKey(0), jnp.int32(0)):
+        np.testing.assert_array_equal(noises(steps, key=key), draws)
+        full = decays.noisy_linear_cosine_decay(1.0, steps, 100, key=key)
+        again = single(1.0, 7, 100, key=key)
+        np.testing.assert_allclose(again, full[7], rtol=1e-6)
+    assert (noises(steps, key=1) != draws).all()
+
+
+def test_a_rate_may_be_negative_as_in_the_original():
+    rates = decays.noisy_linear_cosine_decay(1.0, np.arange(100), 100)
+    assert rates.min() < 0 < rates.max()
+
+
+def test_signatures_are_the_originals():
+    expected = {
+        "exponential_decay": "decay_steps decay_rate staircase=False",
+        "natural_exp_decay": "decay_steps decay_rate staircase=False",
+        "inverse_time_decay": "decay_steps decay_rate staircase=False",
+        "polynomial_decay": "decay_steps end_learning_rate=0.0001 power=1.0 cycle=False",
+        "cosine_decay": "decay_steps alpha=0.0",
+        "cosine_decay_restarts": "first_decay_steps t_mul=2.0 m_mul=1.0 alpha=0.0",
+        "linear_cosine_decay": "decay_steps num_periods=0.5 alpha=0.0 beta=0.001",
+        "noisy_linear_cosine_decay": "decay_steps initial_variance=1.0 "
+        "variance_decay=0.55 num_periods=0.5 alpha=0.0 beta=0.001 key=0",
+        "piecewise_constant": "boundaries values",
+    }
+    for name, text in expected.items():
+        parameters = list(inspect.signature(getattr(decays, name)).parameters.values())
+        own = parameters[1 if name == "piecewise_constant" else 2 :]
+        found = " ".join(
+            p.name if p.default is p.empty else f"{p.name}={p.default}" for p in own
+        )
+        assert found == text
+
+
+POSITIVE = "must be a finite real number > 0 or a 0-d array."
+NOT_NEGATIVE = "must be a finite real number >= 0 or a 0-d array."
+FINITE = "must be a finite real number or a 0-d array."
+REFUSED = [
+    (
+        lambda: decays.exponential_decay(0.1, 3, 0, 0.5),
+        f"exponential_decay(decay_steps=0): {POSITIVE} Count in steps.",
+    ),
+    (
+        lambda: decays.natural_exp_decay(0.1, 3, -5, 0.5),
+        f"natural_exp_decay(decay_steps=-5): {POSITIVE} Count in steps.",
+    ),
+    (
+        lambda: decays.cosine_decay(0.1, 3, float("inf")),
+        f"cosine_decay(decay_steps=inf): {POSITIVE} Count in steps.",
+    ),
+    (
+        lambda: decays.cosine_decay(0.1, 3, np.ones(2)),
+        f"cosine_decay(decay_steps=float64[2]): {POSITIVE} Count in steps.",
+    ),
+    (
+        lambda: decays.linear_cosine_decay(0.1, 3, True),
+        f"linear_cosine_decay(decay_steps=True): {POSITIVE} Count in steps.",
+    ),
+    (
+        lambda: decays.exponential_decay(0.1, 3, 10, -0.5),
+        f"exponential_decay(decay_rate=-0.5): {NOT_NEGATIVE} For one that alternates "
+        "the sign, pass staircase=True.",
+    ),
+    (
+        lambda: decays.exponential_decay(0.1, 3, 10, float("nan"), True),
+        f"exponential_decay(decay_rate=nan): {FINITE}",
+    ),
+    (
+        lambda: decays.inverse_time_decay(0.1, 3, 10, float("inf")),
+        f"inverse_time_decay(decay_rate=inf): {FINITE}",
+    ),
+    (
+        lambda: decays.natural_exp_decay(0.1, 3, 10, "0.5"),
+        f"natural_exp_decay(decay_rate='0.5'): {FINITE}",
+    ),
+    (
+        lambda: decays.inverse_time_decay(0.1, 3, 10, 0.5, 1),
+        "inverse_time_decay(staircase=1): must be True or False.",
+    ),
+    (
+        lambda: decays.polynomial_decay(0.1, 3, 10, power=-1),
+        f"polynomial_decay(power=-1): {NOT_NEGATIVE} A negative one has no end.",
+    ),
+    (
+        lambda: decays.polynomial_decay(0.1, 3, 10, None),
+        f"polynomial_decay(end_learning_rate=None): {FINITE}",
+    ),
+    (
+        lambda: decays.polynomial_decay(0.1, 3, 10, cycle="yes"),
+        "polynomial_decay(cycle='yes'): must be True or False.",
+    ),
+    (
+        lambda: decays.cosine_decay_restarts(0.1, 3, 0),
+        f"cosine_decay_restarts(first_decay_steps=0): {POSITIVE} Count in steps.",
+    ),
+    (
+        lambda: decays.cosine_decay_restarts(0.1, 3, 10, t_mul=0.0),
+        f"cosine_decay_restarts(t_mul=0.0): {POSITIVE} With 1 all cycles have one length.",
+    ),
+    (
+        lambda: decays.cosine_decay_restarts(0.1, 3, 10, m_mul=float("nan")),
+        f"cosine_decay_restarts(m_mul=nan): {FINITE}",
+    ),
+    (
+        lambda: decays.linear_cosine_decay(0.1, 3, 10, beta=float("inf")),
+        f"linear_cosine_decay(beta=inf): {FINITE}",
+    ),
+    (
+        lambda: decays.noisy_linear_cosine_decay(0.1, 3, 10, initial_variance=-1.0),
+        f"noisy_linear_cosine_decay(initial_variance=-1.0): {NOT_NEGATIVE} With 0 there "
+        "is no noise.",
+    ),
+    (
+        lambda: decays.cosine_decay(None, 3, 10),
+        "cosine_decay(learning_rate=None): must be a real number or a 0-d array.",
+    ),
+    (
+        lambda: decays.cosine_decay(0.1, None, 10),
+        "cosine_decay(step=None): must be an integer. Pass the global step.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, [2.5], [1, 2]),
+        "piecewise_constant(boundaries=[2.5]): 2.5 is no integer, as the step is. "
+        "Count in steps.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, [100.0], [1, 2]),
+        "piecewise_constant(boundaries=[100.0]): 100.0 is no integer, as the step is. "
+        "Count in steps.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, [5, 5], [1, 2, 3]),
+        "piecewise_constant(boundaries=[5, 5]): must increase. Sort them, and leave out "
+        "what is there twice.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, ["5"], [1, 2]),
+        "piecewise_constant(boundaries='5'): must be real numbers or 0-d arrays.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, 100, [1, 2]),
+        "piecewise_constant(boundaries=100): must be a list.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, [100], [1.0]),
+        "piecewise_constant(values=[1.0]): 1 for 1 boundaries. Give one more than those.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, [100], [1.0, None]),
+        "piecewise_constant(values=None): must be real numbers or 0-d arrays.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_a_bad_argument_is_refused(call, message):
+    with pytest.raises(ValueError) as refused:
+        call()
+    assert str(refused.value) == message
+
+
+def test_traced_arguments_are_not_judged():
+    found = jax.jit(decays.exponential_decay)(0.1, 3, jnp.int32(10), jnp.float32(-0.5))
+    assert np.isnan(found)
