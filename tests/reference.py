@@ -131,8 +131,9 @@ def quadratic(run):
 
 def loss_and_batches(run):
     loss, batches = perceptron(run) if "data/x" in run.data else quadratic(run)
-    batches = [run.data[f"weights/{run.case['weights']}"], *batches]
-    return loss, [jnp.asarray(rows[: run.updates], run.dtype) for rows in batches]
+    weights = run.data[f"weights/{run.case['weights']}"]
+    inputs = [a[: run.updates].astype(run.dtype) for a in (weights, *batches)]
+    return loss, zip(*inputs, strict=True)
 
 
 def as_class(factory):
@@ -218,6 +219,11 @@ def arguments(run):
     }
 
 
+def start(run):
+    leaves = {name: run.data[f"init/{name}"].astype(run.dtype) for name in run.names}
+    return jax.tree.map(jnp.asarray, nest(leaves))
+
+
 def train_op_of(run, loss, changed):
     called = arguments(run) | changed
     with warnings.catch_warnings():
@@ -226,26 +232,23 @@ def train_op_of(run, loss, changed):
         return optloss.optimize_loss(loss, **called)
 
 
+def results(state, output):
+    measured = output.summaries | optloss.get_summaries(state)
+    row = {name: measured[tag] for tag, name in TAGS.items() if tag in measured}
+    params = {f"param/{name}": leaf for name, leaf in flatten(state.params).items()}
+    return row | params | {"loss": output.loss, "global_step": state.step}
+
+
 def play(run, **changed):
     """Repeat ``run``, some arguments ``changed``, and return what was measured."""
     with jax.enable_x64(run.dtype == "float64"):
         loss, batches = loss_and_batches(run)
         train_op = train_op_of(run, loss, changed)
-
-        def update(state, batch):
-            state, output = train_op.update(state, *batch)
-            measured = output.summaries | optloss.get_summaries(state)
-            row = {name: measured[tag] for tag, name in TAGS.items() if tag in measured}
-            params = {f"param/{k}": leaf for k, leaf in flatten(state.params).items()}
-            steps = {"loss": output.loss, "global_step": state.step}
-            return state, row | steps | params
-
-        def updates(params):
-            return jax.lax.scan(update, train_op.init(params), batches)[1]
-
-        starts = {name: run.data[f"init/{name}"] for name in run.names}
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, run.dtype), nest(starts))
-        return jax.tree.map(np.asarray, jax.jit(updates)(params))
+        state, rows = train_op.init(start(run)), []
+        for batch in batches:
+            state, output = train_op(state, *batch)
+            rows.append(jax.device_get(results(state, output)))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def tolerance_of(run):

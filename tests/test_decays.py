@@ -2,14 +2,13 @@
 
 import functools
 import inspect
-import itertools
+import re
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from numpy_reference import DECAYS
 
@@ -19,7 +18,7 @@ RATE = 0.3
 SETTINGS = {
     "exponential_decay": [
         {"decay_steps": 7, "decay_rate": 0.5},
-        {"decay_steps": 2.5, "decay_rate": 1.02},
+        {"decay_steps": 250.5, "decay_rate": 1.5},
         {"decay_steps": 41, "decay_rate": 0.1, "staircase": True},
         {"decay_steps": 41, "decay_rate": -0.5, "staircase": True},
     ],
@@ -51,7 +50,7 @@ SETTINGS = {
         {"first_decay_steps": 7, "t_mul": 1.5, "m_mul": 0.8, "alpha": 0.05},
         {"first_decay_steps": 8, "t_mul": 1.0, "m_mul": 0.5},
         {"first_decay_steps": 7.5, "t_mul": 3, "m_mul": -0.5},
-        {"first_decay_steps": 160, "t_mul": 0.5, "m_mul": 1.5},
+        {"first_decay_steps": 600, "t_mul": 0.5, "m_mul": 1.5},
     ],
     "linear_cosine_decay": [
         {"decay_steps": 25},
@@ -94,12 +93,16 @@ def restated(name, settings, steps=STEPS, rate=RATE):
 
 
 @every_case
-@pytest.mark.parametrize("jitted", [True, False], ids=["jitted", "eager"])
-def test_a_decay_equals_its_restatement(name, settings, jitted):
-    decay = jax.jit(bind(name, settings)) if jitted else bind(name, settings)
-    steps = STEPS if jitted else STEPS[:: len(STEPS) // 10]
-    found = [decay(RATE, step) for step in steps]
-    expected = restated(name, settings, steps)
+def test_a_decay_equals_its_restatement(name, settings):
+    decay = jax.jit(bind(name, settings))
+    found = [decay(RATE, step) for step in STEPS]
+    np.testing.assert_allclose(found, restated(name, settings), rtol=2e-6, atol=3e-7)
+
+
+@one_case_each
+def test_a_decay_needs_no_jit(name, settings):
+    found = [bind(name, settings)(RATE, step) for step in (0, 5, 30)]
+    expected = restated(name, settings, (0, 5, 30))
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=3e-7)
 
 
@@ -120,34 +123,23 @@ def test_a_float64_rate_is_decayed_in_float64(name, settings):
 def test_any_other_rate_is_decayed_in_float32(name, settings, x64):
     with jax.enable_x64(x64):
         decay = bind(name, settings)
-        rates = [1, 0.25, np.float32(0.25), jnp.bfloat16(0.25), jnp.int32(1)]
-        rates += [np.float64(0.25), jnp.asarray(0.25, jnp.float16)]
-        for rate, step in itertools.zip_longest(rates, [3, np.int64(3), jnp.uint8(3)]):
-            found = decay(rate, 3 if step is None else step)
-            assert (found.dtype, found.shape, found.weak_type) == (
-                jnp.float32,
-                (),
-                False,
-            )
+        rates = [1, np.float64(0.25), jnp.bfloat16(0.25), jnp.int32(1)]
+        steps = [3, np.int64(3), jnp.uint8(3), jnp.int32(3)]
+        for rate, step in zip(rates, steps, strict=True):
+            found = decay(rate, step)
+            assert (found.dtype, found.shape) == (jnp.float32, ())
+            assert not found.weak_type
             assert found == decay(jnp.float32(rate), 3)
 
 
 @one_case_each
 def test_many_steps_at_once_and_vmap_give_what_single_steps_give(name, settings):
-    decay, steps = bind(name, settings), np.arange(40)
-    single = jnp.stack([jax.jit(decay)(RATE, step) for step in steps])
-    near = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
-    near(decay(RATE, steps), single)
-    near(jax.vmap(functools.partial(decay, RATE))(jnp.asarray(steps)), single)
-    rates = RATE * jnp.arange(1.0, 4.0)
-    many = jax.vmap(decay, (0, None))(rates, 9)
-    expected = (
-        [single[9]] * 3
-        if name == "piecewise_constant"
-        else [decay(rate, 9) for rate in rates]
-    )
-    if name != "piecewise_constant":
-        near(many, expected)
+    decay, steps = bind(name, settings), jnp.arange(40)
+    single = jax.jit(decay)
+    expected = [single(RATE, step) for step in range(40)]
+    for many, rate in ((decay, RATE), (jax.vmap(decay), jnp.full(40, RATE))):
+        found = jax.jit(many)(rate, steps)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 @one_case_each
@@ -267,26 +259,24 @@ def exact_restarts(step, first, growth, m_mul, alpha):
     return (1 - alpha) * height * 0.5 * (1 + np.cos(np.pi * share)) + alpha
 
 
-@given(
-    first=st.sampled_from([1, 5, 6.5, 10, 100, 1000]),
-    growth=st.sampled_from([1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 3, 10]),
-    step=st.integers(0, 20_000),
-)
-def test_restarts_are_those_of_exact_arithmetic(first, growth, step):
-    found = decays.cosine_decay_restarts(1.0, step, first, growth, 0.75, 0.125)
-    expected = exact_restarts(step, first, growth, 0.75, 0.125)
+@pytest.mark.parametrize("growth", [1.1, 1.2, 1.7, 3])
+@pytest.mark.parametrize("first", [1, 6.5, 100])
+def test_restarts_are_those_of_exact_arithmetic(first, growth):
+    steps = np.unique(np.geomspace(1, 1e6, 400).astype(int))
+    decay = functools.partial(decays.cosine_decay_restarts, 1.0)
+    found = jax.jit(lambda steps: decay(steps, first, growth, 0.75, 0.125))(steps)
+    expected = [exact_restarts(step, first, growth, 0.75, 0.125) for step in steps]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["tabulated", "traced"])
-@pytest.mark.parametrize("growth", [1, 1.1, 1.2, 1.5, 2, 3])
-@pytest.mark.parametrize("first", [5, 10, 100, 1000])
+@pytest.mark.parametrize("growth", [1, 1.1, 1.2, 1.5, 2])
+@pytest.mark.parametrize("first", [5, 10, 1000])
 def test_a_restart_is_on_its_step(first, growth, traced):
     def decay(step, first, growth):
         return decays.cosine_decay_restarts(1.0, step, first, growth, m_mul=0.5)
 
-    if traced:
-        decay = jax.jit(decay)
+    decay = jax.jit(decay, static_argnums=() if traced else (1, 2))
     start, length = Fraction(0), Fraction(first)
     for cycle in range(5):
         if start.denominator == 1:
@@ -311,7 +301,8 @@ def test_a_late_restart_is_on_its_step():
     decay = jax.jit(lambda step: decays.cosine_decay_restarts(1.0, step, 1000))
     start = 1000 * (2**20 - 1)
     assert [float(decay(start + i)) for i in (-1, 0)] == [0.0, 1.0]
-    assert float(decay(2**31 - 1)) < 1e-2
+    last = exact_restarts(2**31 - 1, 1000, 2, 1, 0)
+    np.testing.assert_allclose(decay(2**31 - 1), last, rtol=1e-6)
 
 
 @pytest.mark.parametrize("step", [99, 130, 999, 5000])
@@ -361,51 +352,41 @@ def test_a_step_beyond_int32_is_taken_as_a_float():
     assert decays.piecewise_constant(2**33, [5, 2**20], [1, 2, 3]) == 3
 
 
-def noises(steps, decay_steps=10**6, key=0, **settings):
-    """Return the noise alone: with no cosine the rate is line + noise."""
-    decay = functools.partial(
-        decays.noisy_linear_cosine_decay,
-        1.0,
-        decay_steps=decay_steps,
-        num_periods=0.0,
-        beta=0.0,
-        key=key,
-        **settings,
+@functools.partial(jax.jit, static_argnums=1)
+def noisy(steps, decay_steps=10**6, key=0, variance=1.0, variance_decay=0.55):
+    """Return rates with no cosine, which are line + noise."""
+    return decays.noisy_linear_cosine_decay(
+        1.0, steps, decay_steps, variance, variance_decay, 0.0, beta=0.0, key=key
     )
-    line = 1 - np.minimum(steps, decay_steps) / decay_steps
-    return np.float64(decay(np.asarray(steps))) - line
 
 
 def test_the_noise_is_normal_with_a_variance_that_falls():
     steps = np.arange(20_000)
-    draws = noises(steps, initial_variance=0.25, variance_decay=0.5)
+    draws = noisy(steps, variance=0.25, variance_decay=0.5) - (1 - steps / 1e6)
     z = draws / (0.5 / (1 + steps) ** 0.25)
     assert abs(z.mean()) < 0.03
     assert abs(z.std() - 1) < 0.02
     assert abs((z**4).mean() - 3) < 0.2
-    assert abs(np.corrcoef(z[1:], z[:-1])[0, 1]) < 0.03
+    assert abs((z[1:] * z[:-1]).mean()) < 0.03
 
 
 def test_after_the_end_the_noise_goes_on_with_the_last_variance():
-    draws = noises(np.arange(15, 8000), decay_steps=15)
+    draws = np.asarray(noisy(np.arange(15, 8000), 15))
     assert len(np.unique(draws)) > 7900
     np.testing.assert_allclose(draws.std(), 16**-0.275, rtol=0.05)
 
 
 def test_the_noise_depends_on_key_and_step_alone():
     steps = np.arange(50)
-    draws = noises(steps)
-    single = jax.jit(decays.noisy_linear_cosine_decay, static_argnums=2)
-    for key in (jax.random.key(0), jax.random.PRNGKey(0), jnp.int32(0)):
-        np.testing.assert_array_equal(noises(steps, key=key), draws)
-        full = decays.noisy_linear_cosine_decay(1.0, steps, 100, key=key)
-        again = single(1.0, 7, 100, key=key)
-        np.testing.assert_allclose(again, full[7], rtol=1e-6)
-    assert (noises(steps, key=1) != draws).all()
+    rates = noisy(steps)
+    assert [noisy(step) for step in (0, 7)] == [rates[0], rates[7]]
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        np.testing.assert_array_equal(noisy(steps, key=key), rates)
+    assert (noisy(steps, key=1) != rates).all()
 
 
 def test_a_rate_may_be_negative_as_in_the_original():
-    rates = decays.noisy_linear_cosine_decay(1.0, np.arange(100), 100)
+    rates = noisy(np.arange(100), 100)
     assert rates.min() < 0 < rates.max()
 
 
@@ -414,7 +395,8 @@ def test_signatures_are_the_originals():
         "exponential_decay": "decay_steps decay_rate staircase=False",
         "natural_exp_decay": "decay_steps decay_rate staircase=False",
         "inverse_time_decay": "decay_steps decay_rate staircase=False",
-        "polynomial_decay": "decay_steps end_learning_rate=0.0001 power=1.0 cycle=False",
+        "polynomial_decay": "decay_steps end_learning_rate=0.0001 power=1.0 "
+        "cycle=False",
         "cosine_decay": "decay_steps alpha=0.0",
         "cosine_decay_restarts": "first_decay_steps t_mul=2.0 m_mul=1.0 alpha=0.0",
         "linear_cosine_decay": "decay_steps num_periods=0.5 alpha=0.0 beta=0.001",
@@ -494,7 +476,8 @@ REFUSED = [
     ),
     (
         lambda: decays.cosine_decay_restarts(0.1, 3, 10, t_mul=0.0),
-        f"cosine_decay_restarts(t_mul=0.0): {POSITIVE} With 1 all cycles have one length.",
+        f"cosine_decay_restarts(t_mul=0.0): {POSITIVE} With 1 all cycles have one "
+        "length.",
     ),
     (
         lambda: decays.cosine_decay_restarts(0.1, 3, 10, m_mul=float("nan")),
@@ -506,8 +489,8 @@ REFUSED = [
     ),
     (
         lambda: decays.noisy_linear_cosine_decay(0.1, 3, 10, initial_variance=-1.0),
-        f"noisy_linear_cosine_decay(initial_variance=-1.0): {NOT_NEGATIVE} With 0 there "
-        "is no noise.",
+        f"noisy_linear_cosine_decay(initial_variance=-1.0): {NOT_NEGATIVE} With 0 "
+        "there is no noise.",
     ),
     (
         lambda: decays.cosine_decay(None, 3, 10),
@@ -529,8 +512,8 @@ REFUSED = [
     ),
     (
         lambda: decays.piecewise_constant(3, [5, 5], [1, 2, 3]),
-        "piecewise_constant(boundaries=[5, 5]): must increase. Sort them, and leave out "
-        "what is there twice.",
+        "piecewise_constant(boundaries=[5, 5]): must increase. Sort them, and leave "
+        "out what is there twice.",
     ),
     (
         lambda: decays.piecewise_constant(3, ["5"], [1, 2]),
@@ -542,7 +525,8 @@ REFUSED = [
     ),
     (
         lambda: decays.piecewise_constant(3, [100], [1.0]),
-        "piecewise_constant(values=[1.0]): 1 for 1 boundaries. Give one more than those.",
+        "piecewise_constant(values=[1.0]): 1 for 1 boundaries. Give one more than "
+        "those.",
     ),
     (
         lambda: decays.piecewise_constant(3, [100], [1.0, None]),
@@ -553,9 +537,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=[m for _, m in REFUSED])
 def test_a_bad_argument_is_refused(call, message):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
-    assert str(refused.value) == message
 
 
 def test_traced_arguments_are_not_judged():

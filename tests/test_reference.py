@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 
 import numpy as np
 import pytest
@@ -74,21 +73,25 @@ def test_there_are_115_recordings_and_few_differences():
 
 def test_a_negative_bound_is_refused_and_infinity_measures_without_clipping():
     name = "mlp_SGD_clip_negative"
-    message = "optimize_loss(clip_gradients=-1.0): must be a real number >= 0."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match="clip_gradients") as refused:
         play(RUNS[name])
+    assert str(refused.value) == (
+        "optimize_loss(clip_gradients=-1.0): must be a real number >= 0 (inf only "
+        "measures), a 0-d array, a transformation such as adaptive_clipping(), or a "
+        "function of (gradient, variable) pairs."
+    )
     assert differences(name, play(RUNS[name], clip_gradients=float("inf"))) == {}
 
 
 def test_a_multiplier_of_nothing_is_refused_and_is_not_needed():
     name = "mlp_SGD_mult_unmatched"
-    message = (
-        "optimize_loss(gradient_multipliers): the pattern 'no_such_param' matches no "
+    with pytest.raises(ValueError, match="gradient_multipliers") as refused:
+        play(RUNS[name])
+    assert str(refused.value) == (
+        "optimize_loss, gradient_multipliers: the pattern 'no_such_param' matches no "
         "parameter. The parameters are 'dense1/bias', 'dense1/kernel', 'dense2/bias', "
         "'dense2/kernel'."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        play(RUNS[name])
     assert differences(name, play(RUNS[name], gradient_multipliers=None)) == {}
 
 

@@ -1,19 +1,21 @@
-"""The chain in words: one line for ``repr``, a table of the parameters for ``describe``."""
+"""The chain in words: a line for ``repr``, a table of parameters for ``describe``."""
 
 import math
 import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from optloss.chain import Chain
-from optloss.messages import show
+from optloss.chain import Chain, check_leaves
+from optloss.messages import is_number, show
 from optloss.names import assign, leaf_names
 from optloss.stages import Stage
 
 WIDTH = 100
+WIDEST_CELL = 20
 HEADER = ("parameter", "shape", "dtype", "trained", "x gradient", "x rate")
+# A number that does not stand inside braces, where an earlier fold put it.
+NUMBER = re.compile(r"\d+(?![^{]*})")
 
 
 class Row(NamedTuple):
@@ -27,17 +29,17 @@ class Row(NamedTuple):
     rate: str
 
 
-def one_line(chain: Chain, name: str) -> str:
-    """Return the pipeline in order."""
-    stages = " -> ".join(
-        ["gradient", *(stage.text for stage in chain.stages), "step + 1"]
-    )
+def one_line(chain: Chain, name: str, counts: bool = True) -> str:
+    """Return the pipeline in order; ``counts`` tells that a step is counted."""
+    last = ["step + 1"] if counts else []
+    stages = " -> ".join(["gradient", *(stage.text for stage in chain.stages), *last])
     skip = " (skipped if not finite)" if chain.skip_nonfinite else ""
     return f"{name}: {stages}{skip}" if name else f"{stages}{skip}"
 
 
-def describe(chain: Chain, name: str, params: Any) -> str:
+def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
     """Return the pipeline, the folded table of ``params`` and the totals."""
+    check_leaves(chain.call, params)
     state = jax.eval_shape(chain.init, params)
     selected = chain.selected(params)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
@@ -49,10 +51,10 @@ def describe(chain: Chain, name: str, params: Any) -> str:
         _multipliers(chain.rate_multipliers, names),
         strict=True,
     )
-    rows = _fold([_row(*column) for column in columns])
+    rows = fold([_row(*column) for column in columns])
     return "\n".join(
         [
-            *_wrap(one_line(chain, name)),
+            *_wrap(one_line(chain, name, counts)),
             "",
             *_table(rows),
             "",
@@ -62,53 +64,79 @@ def describe(chain: Chain, name: str, params: Any) -> str:
 
 
 def _multipliers(stage: Stage, names: list[str]) -> list[str]:
-    values = list(stage.rules.values())
+    values = [f"{v:g}" if is_number(v) else show(v) for v in stage.rules.values()]
     rules = assign(stage.argument, tuple(stage.rules), names, check=False)
-    return ["" if rule is None else show(values[rule]) for rule in rules]
+    return ["" if rule is None else values[rule] for rule in rules]
 
 
 def _row(name: str, leaf: Any, trained: bool, gradient: str, rate: str) -> Row:
-    dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
+    shape = "x".join(map(str, getattr(leaf, "shape", ())))
     return Row(
         name or "(the tree itself)",
-        "x".join(map(str, shape)) or "scalar",
-        str(dtype),
+        shape or "scalar",
+        str(getattr(leaf, "dtype", type(leaf).__name__)),
         "trained" if trained else "frozen",
         gradient if trained else "",
         rate if trained else "",
     )
 
 
-def _fold(rows: list[Row]) -> list[Row]:
-    """Fold layers that differ in their number alone: ``layers_{0..11}/kernel``."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        like = re.sub(r"\d+", "#", row.name, count=1)
-        groups.setdefault((like, *row[1:]), []).append(row)
-    return [
-        row
-        for group in groups.values()
-        for row in (_folded(group) if len(group) > 2 else group)
-    ]
+def fold(rows: list[Row]) -> list[Row]:
+    """Fold three or more layers that differ in one number: ``layers_{0..11}/kernel``.
+
+    The numbers of a name are folded one after the other, the innermost first.
+    """
+    most = max((len(NUMBER.findall(row.name)) for row in rows), default=0)
+    for place in reversed(range(most)):
+        rows = _fold_number(rows, place)
+    return rows
 
 
-def _folded(group: list[Row]) -> list[Row]:
-    numbers = [
-        int(found.group()) for row in group if (found := re.search(r"\d+", row.name))
-    ]
-    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        return group
-    span = f"{{{numbers[0]}..{numbers[-1]}}}"
-    name = re.sub(r"\d+", lambda _: span, group[0].name, count=1)
-    return [group[0]._replace(name=name)]
+def _fold_number(rows: list[Row], place: int) -> list[Row]:
+    groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for i, row in enumerate(rows):
+        before, number, after = _split(row.name, place)
+        group = groups.setdefault((before, after, *row[1:]), [])
+        group.append((int(number or 0), i))
+    folded = dict(enumerate(rows))
+    for (before, after, *_), group in groups.items():
+        if len(group) > 2:
+            span = _spans([number for number, _ in group])
+            _, first = min(group)
+            for _, i in group:
+                del folded[i]
+            folded[first] = rows[first]._replace(name=f"{before}{{{span}}}{after}")
+    return [folded[i] for i in sorted(folded)]
+
+
+def _split(name: str, place: int) -> tuple[str, str, str]:
+    """Return what stands before, in and behind the number at ``place`` in ``name``."""
+    found = list(NUMBER.finditer(name))
+    if place >= len(found):
+        return name, "", ""
+    start, end = found[place].span()
+    return name[:start], name[start:end], name[end:]
+
+
+def _spans(numbers: list[int]) -> str:
+    """Return sorted numbers in words: ``0..5,7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(
+        str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs
+    )
 
 
 def _table(rows: list[Row]) -> list[str]:
     table = [Row(*HEADER), *rows]
     used = [i for i in range(len(HEADER)) if i < 4 or any(row[i] for row in rows)]
-    widths = {i: max(len(row[i]) for row in table) for i in used}
+    widths = {i: max(min(len(row[i]), WIDEST_CELL) for row in table) for i in used}
     room = WIDTH - sum(widths[i] + 2 for i in used[1:])
-    widths[0] = min(widths[0], max(room, 12))
+    widths[0] = min(max(len(row.name) for row in table), room)
     return [
         "  ".join(_cut(row[i], widths[i]).ljust(widths[i]) for i in used).rstrip()
         for row in table
@@ -130,7 +158,7 @@ def _wrap(line: str) -> list[str]:
 
 
 def _totals(leaves: list[Any], selected: list[bool], state: Any) -> list[str]:
-    sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
+    sizes = [math.prod(getattr(leaf, "shape", ())) for leaf in leaves]
     trained = sum(n for n, wanted in zip(sizes, selected, strict=True) if wanted)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return [

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import is_number, show
+from optloss.messages import show
 
 
 class Outcome(NamedTuple):
@@ -33,24 +33,29 @@ def call_loss(
     arguments = (params, *args) if model_state is None else (params, model_state, *args)
     _check_arguments(loss, arguments, kwargs, model_state is not None)
     result = loss(*arguments, **kwargs)
-    parts = result if type(result) is tuple else (result,)
+    value, *rest = result if type(result) is tuple and result else (result,)
     if model_state is None:
-        if not 1 <= len(parts) <= 2:
+        if len(rest) > 1:
             raise ValueError(
-                f"optimize_loss: the loss returned {len(parts)} results. Without a "
+                f"optimize_loss: the loss returned {len(rest) + 1} results. Without a "
                 "model_state it returns loss or (loss, aux); if it has one, pass it: "
                 "train_op.init(params, model_state)."
             )
-        return Outcome(_scalar(parts[0]), None, parts[1] if len(parts) == 2 else None)
-    if len(parts) == 1 and ops_follow:
-        return Outcome(_scalar(parts[0]), model_state, None)
-    if not 2 <= len(parts) <= 3:
+        return Outcome(_scalar(value), None, rest[0] if rest else None)
+    if not rest and ops_follow:
+        return Outcome(_scalar(value), model_state, None)
+    if not 1 <= len(rest) <= 2:
         raise ValueError(
-            f"optimize_loss: the loss returned {len(parts)} results. With a model_state it "
-            "returns (loss, new_model_state) or (loss, new_model_state, aux)."
+            f"optimize_loss: the loss returned {_results(len(rest) + 1)}. With a "
+            "model_state it returns (loss, new_model_state) or (loss, new_model_state, "
+            "aux)."
         )
-    adopted = like_before("the loss", parts[1], model_state)
-    return Outcome(_scalar(parts[0]), adopted, parts[2] if len(parts) == 3 else None)
+    adopted = like_before("the loss", rest[0], model_state)
+    return Outcome(_scalar(value), adopted, rest[1] if len(rest) == 2 else None)
+
+
+def _results(count: int) -> str:
+    return "1 result" if count == 1 else f"{count} results"
 
 
 def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> None:
@@ -66,7 +71,8 @@ def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> 
         advice = (
             "If it takes no model_state, call train_op.init(params) without one."
             if stateful
-            else "If it takes a model_state, pass it: train_op.init(params, model_state)."
+            else "If it takes a model_state, pass it: train_op.init(params, "
+            "model_state)."
         )
         raise ValueError(
             f"optimize_loss: the loss {show(loss)}{signature} cannot be called with "
@@ -76,7 +82,7 @@ def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> 
 
 
 def _scalar(loss: Any) -> jax.Array:
-    if is_number(loss):
+    if isinstance(loss, float):
         loss = jnp.asarray(loss, jnp.float32)
     dtype = getattr(loss, "dtype", None)
     if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
@@ -99,8 +105,8 @@ def run_update_ops(
 
 def like_before(who: str, new: Any, old: Any) -> Any:
     """Return ``new`` in strong types; refuse another structure, shape or dtype."""
-    leaves, structure = jax.tree.flatten(new)
-    before, expected = jax.tree.flatten(old)
+    structure: Any = jax.tree.structure(new)
+    expected: Any = jax.tree.structure(old)
     if structure != expected:
         raise ValueError(
             f"optimize_loss: {who} returned a model_state of another structure, "
@@ -111,7 +117,7 @@ def like_before(who: str, new: Any, old: Any) -> Any:
         structure,
         [
             _like_leaf(who, jax.tree_util.keystr(path), leaf, kept)
-            for leaf, kept, (path, _) in zip(leaves, before, paths, strict=True)
+            for leaf, (path, kept) in zip(jax.tree.leaves(new), paths, strict=True)
         ],
     )
 

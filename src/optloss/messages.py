@@ -19,16 +19,34 @@ MOST_SHOWN = 60
 
 
 def show(value: Any) -> str:
-    """Return a short text for ``value``: arrays by dtype and shape, functions by name."""
+    """Return a short text: arrays by dtype and shape, functions by their names."""
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, functools.partial):
         bound = [f"{name}={show(entry)}" for name, entry in value.keywords.items()]
         return f"{show(value.func)}({', '.join([*map(show, value.args), *bound])})"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__name__")):
-        return value.__name__
-    text = " ".join(repr(value).split())
+        return str(value.__name__)
+    text = " ".join(repr(_without_numbers(value)).split())
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+
+class _Text(str):
+    """A str that is its own ``repr``."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _without_numbers(value: Any) -> Any:
+    """Return a container with its arrays in words: their numbers may be gigabytes."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numbers, value))
+    if type(value) is dict:
+        return {key: _without_numbers(entry) for key, entry in value.items()}
+    return _Text(show(value)) if is_array(value) else value
 
 
 def refusal(call: str, argument: str, value: Any, problem: str) -> ValueError:
@@ -55,7 +73,7 @@ def check_number(
     accept: Callable[[float], bool],
     requirement: str,
 ) -> None:
-    """Refuse ``value`` unless it is a real number that ``accept`` takes, or a 0-d array.
+    """Refuse ``value`` unless it is a 0-d array or a real number that ``accept`` takes.
 
     ``requirement`` completes the sentence "must be ...", with what to do behind it.
     """
@@ -73,6 +91,15 @@ def check_number(
         good = False
     if not good:
         raise refusal(call, argument, value, f"must be {requirement}")
+
+
+def check_int(
+    call: str, argument: str, value: Any, least: int, requirement: str
+) -> int:
+    """Return ``value`` unless it is no int of at least ``least``; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise refusal(call, argument, value, f"must be {requirement}")
+    return value
 
 
 def check_bool(call: str, argument: str, value: Any) -> bool:

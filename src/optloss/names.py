@@ -9,6 +9,7 @@ Silent typos are what this module is there to prevent: a pattern that matches no
 and one that earlier patterns leave nothing to, are errors.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def leaf_names(tree: Any) -> list[str]:
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_nnx_variable)
     names = []
     for path, node in nodes:
-        # An nnx Variable adds one key of its own, which `init` sees and `update` may not.
+        # An nnx Variable adds a key of its own, which `init` sees and `update` may not.
         below = jax.tree_util.tree_flatten_with_path(node)[0]
         cut = 1 if _is_nnx_variable(node) else 0
         names += [_join((*path, *rest[cut:])) for rest, _ in below]
@@ -77,30 +78,29 @@ def matcher(pattern: Pattern) -> Callable[[str], bool]:
 
 
 def _regex_of_glob(glob: str) -> str:
-    parts = glob.split("/")
+    parts = [
+        part
+        for part, following in itertools.pairwise((*glob.split("/"), ""))
+        if not part == following == "**"
+    ]
+    if parts == ["**"]:
+        return ".*"
     regex = ""
     for i, part in enumerate(parts):
-        first, last = i == 0, i == len(parts) - 1
+        slash = "/" if i > 0 and parts[i - 1] != "**" else ""
         if part != "**":
-            slash = "" if first or parts[i - 1] == "**" else "/"
             regex += slash + _regex_of_segment(part)
-        elif first and last:
-            regex += ".*"
-        elif last:
-            regex += "(?:/[^/]+)*"
+        elif i < len(parts) - 1:
+            regex += slash + "(?:[^/]*/)*"
         else:
-            slash = "" if first or parts[i - 1] == "**" else "/"
-            regex += slash + "(?:[^/]+/)*"
+            regex += "(?:/[^/]*)*"
     return regex
 
 
 def _regex_of_segment(segment: str) -> str:
     wild = {"*": "[^/]*", "**": ".*"}
     pieces = re.split(r"(\*+)", segment)
-    return "".join(
-        wild["**" if len(p) > 1 else "*"] if p[:1] == "*" else re.escape(p)
-        for p in pieces
-    )
+    return "".join(wild.get(piece[:2]) or re.escape(piece) for piece in pieces)
 
 
 def assign(
@@ -134,9 +134,11 @@ def _unused_pattern(
             f"which already match {listing(taken)}. Put the narrower pattern first."
         )
     if text.endswith(":0"):
+        name = text.removesuffix(":0")
+        advice = f"Write {name!r}." if name in names else _suggest(name, names)
         return ValueError(
             f"{call}: the pattern {text!r} matches no parameter: names have no ':0' "
-            f"ending here. {_suggest(text[:-2], names)}"
+            f"ending here. {advice}"
         )
     return ValueError(
         f"{call}: the pattern {text!r} matches no parameter. {_suggest(text, names)}"
@@ -150,13 +152,40 @@ def _suggest(text: str, names: Sequence[str]) -> str:
     return f"The parameters are {listing(names)}." if names else "There are none."
 
 
+def check_variables(call: str, variables: Any) -> Any:
+    """Return ``variables`` unless it is empty or nothing that can select parameters."""
+    if is_pattern_list(variables) and not variables:
+        raise refusal(
+            call,
+            "variables",
+            variables,
+            "selects nothing to train. None trains every floating parameter.",
+        )
+    if not (
+        variables is None
+        or is_pattern(variables)
+        or is_pattern_list(variables)
+        or is_mask(variables)
+        or callable(variables)
+    ):
+        raise refusal(
+            call,
+            "variables",
+            variables,
+            "must be names or patterns, a predicate (name, leaf) -> bool, or a tree of "
+            "bools like the parameters.",
+        )
+    return variables
+
+
 def select(call: str, variables: Any, params: Any) -> list[bool]:
-    """Return, for each leaf of ``params``, whether ``variables`` selects it for training.
+    """Return, for each leaf of ``params``, whether ``variables`` has it trained.
 
     ``variables`` is a pattern, a list of patterns, a predicate ``(name, leaf) ->
     bool``, a tree of bools, or ``None`` for every inexact leaf. Leaves that are not
     inexact are never selected.
     """
+    check_variables(call, variables)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
     chosen = _choose(call, variables, params, names, leaves)
     selected = [
@@ -178,15 +207,14 @@ def _choose(
 ) -> list[bool]:
     if variables is None:
         return [True] * len(names)
-    if is_pattern(variables):
-        variables = [variables]
-    if is_pattern_list(variables):
-        assigned = assign(call, variables, names, check=False)
-        _check_each_matches(call, variables, names)
-        return [index is not None for index in assigned]
+    if is_mask(variables):
+        return _mask_leaves(call, variables, params, names)
     if callable(variables):
         return [bool(variables(*pair)) for pair in zip(names, leaves, strict=True)]
-    return _mask_leaves(call, variables, params)
+    patterns = [variables] if is_pattern(variables) else list(variables)
+    for pattern in sorted(patterns, key=str):
+        assign(f"{call}, variables", [pattern], names)
+    return [index is not None for index in assign(call, patterns, names, check=False)]
 
 
 def is_pattern_list(value: Any) -> bool:
@@ -196,22 +224,18 @@ def is_pattern_list(value: Any) -> bool:
     )
 
 
-def _check_each_matches(
-    call: str, patterns: Iterable[Pattern], names: Sequence[str]
-) -> None:
-    for pattern in patterns:
-        assign(f"{call}, variables", [pattern], names)
+def is_mask(value: Any) -> bool:
+    """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
 
 
-def _mask_leaves(call: str, mask: Any, params: Any) -> list[bool]:
-    structure = jax.tree.structure(params)
-    if jax.tree.structure(mask) != structure:
+def _mask_leaves(call: str, mask: Any, params: Any, names: list[str]) -> list[bool]:
+    # By name, not by structure: an nnx State meets its own plain arrays in an update.
+    if leaf_names(mask) != names:
         raise ValueError(
-            f"{call}(variables={show(mask)}): a tree of bools must have the structure of "
-            f"the parameters, {structure}. Names, patterns or a predicate "
-            "(name, leaf) -> bool are accepted, too."
+            f"{call}(variables={show(mask)}): a tree of bools must have the structure "
+            f"of the parameters, {jax.tree.structure(params)}. Names, patterns or a "
+            "predicate (name, leaf) -> bool are accepted, too."
         )
-    leaves = jax.tree.leaves(mask)
-    if not all(isinstance(leaf, bool) for leaf in leaves):
-        raise refusal(call, "variables", mask, "its leaves must be True or False.")
-    return leaves
+    return [bool(leaf) for leaf in jax.tree.leaves(mask)]

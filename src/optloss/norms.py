@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from optloss.trees import accumulator_dtype, inexact_leaves, norm_dtype, real_dtype
+from optloss.trees import accumulator_dtype, inexact_leaves, norm_dtype
 
 Axes = tuple[str, ...]
 
@@ -65,8 +65,8 @@ def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
-    half = jnp.finfo(dtype).maxexp // 2
-    down, up = 2.0 ** -(half + 16), 2.0 ** (half + 2)
+    half, digits = jnp.finfo(dtype).maxexp // 2, jnp.finfo(dtype).nmant
+    down, up = 2.0 ** -(half + 16), 2.0 ** (half + digits)
 
     def again(carry: tuple[Any, ...]) -> jax.Array:
         return carry[2]
@@ -88,28 +88,33 @@ def _norm_jvp(axes: Axes, dtype: Any, primals: Any, tangents: Any) -> Any:
     (leaves,), (moves,) = primals, tangents
     norm = _norm(leaves, axes, dtype)
     safe = jnp.where(norm > 0, norm, 1)
+    # Scaled down at first: 1 / norm is zero where the norm is huge.
+    shift = jnp.where(safe > 1, 2.0**-8, 1).astype(dtype)
     pairs = list(zip(leaves, moves, strict=True))
-    along = _sum(pairs, _scaled_product, 1 / safe, axes, dtype)
+    along = _sum(pairs, _component, (shift, 1 / (safe * shift)), axes, dtype)
     return norm, along
 
 
 def _scaled_square(leaf: jax.Array, scale: jax.Array) -> jax.Array:
+    squares = [jnp.square(part * scale.astype(part.dtype)) for part in _parts(leaf)]
+    return functools.reduce(jnp.add, squares)
+
+
+def _component(pair: Any, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
+    leaf, move = (_parts(side) for side in pair)
+    products = []
+    for part, along in zip(leaf, move, strict=True):
+        shift, inverse = (factor.astype(part.dtype) for factor in factors)
+        products.append(part * shift * inverse * along)
+    return functools.reduce(jnp.add, products)
+
+
+def _parts(leaf: jax.Array) -> list[jax.Array]:
     wide = leaf.astype(accumulator_dtype(leaf.dtype))
-    wide = wide * scale.astype(real_dtype(wide.dtype))
-    if jnp.iscomplexobj(wide):
-        return jnp.square(wide.real) + jnp.square(wide.imag)
-    return jnp.square(wide)
+    return [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
 
 
-def _scaled_product(pair: tuple[jax.Array, jax.Array], scale: jax.Array) -> jax.Array:
-    leaf, move = pair
-    wide = leaf.astype(accumulator_dtype(leaf.dtype))
-    return (jnp.conj(wide) * scale.astype(real_dtype(wide.dtype)) * move).real
-
-
-def _sum(
-    parts: list[Any], fn: Any, scale: jax.Array, axes: Axes, dtype: Any
-) -> jax.Array:
+def _sum(parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any) -> jax.Array:
     """Sum ``fn(part, scale)`` over all parts, elements and devices."""
     mesh, explicit = _explicit_axes(parts)
     if not explicit:
@@ -139,7 +144,7 @@ def _explicit_axes(parts: list[Any]) -> tuple[Any, Axes]:
 
 
 def _sum_here(
-    parts: list[Any], fn: Any, scale: jax.Array, axes: Axes, dtype: Any
+    parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any
 ) -> jax.Array:
     over = [varying_axes(part, axes) for part in parts]
     used = tuple(axis for axis in axes if any(axis in own for own in over))

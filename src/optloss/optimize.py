@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.chain import Chain
-from optloss.messages import check_bool, is_array, listing, refusal
+from optloss.messages import check_bool, check_int, is_array, listing, refusal
+from optloss.names import check_variables
 from optloss.stages import (
     AxisName,
     check_axis_name,
-    check_decay,
     check_learning_rate,
+    check_noise,
     check_pack_size,
-    check_variables,
     clip_stage,
     is_schedule,
     multiplier_stage,
@@ -23,6 +23,7 @@ from optloss.stages import (
 )
 from optloss.summaries import OPTIMIZER_SUMMARIES
 from optloss.train_op import TrainOp
+from optloss.transforms.noise import check_key
 
 CALL = "optimize_loss"
 
@@ -55,9 +56,9 @@ def optimize_loss(
 
     Each step differentiates the loss and runs, always in this order,
 
-        gradient -> + noise -> x multipliers -> (norm measured) -> clip ->
-        (clipped norm measured) -> optimizer at lr(step) -> x rate multipliers -> step +
-        1
+        gradient -> + noise -> x multipliers -> (norm measured) -> clip
+        -> (clipped norm measured) -> optimizer at lr(step) -> x rate multipliers
+        -> step + 1
 
     as ``tf.contrib.layers.optimize_loss`` did. What is not asked for costs nothing.
 
@@ -126,7 +127,8 @@ def optimize_loss(
         ...     return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
         >>> train_op = optloss.optimize_loss(
         ...     loss, global_step=0, learning_rate=0.1, optimizer="adam",
-        clip_gradients=1.0 ... )
+        ...     clip_gradients=1.0,
+        ... )
         >>> state = train_op.init({"w": jnp.zeros(2), "b": jnp.zeros(())})
         >>> x, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 2.0])
         >>> for _ in range(200):
@@ -145,36 +147,40 @@ def optimize_loss(
     check_learning_rate(CALL, learning_rate, optimizer, learning_rate_decay_fn)
     _check_summaries(summaries)
     _check_counter(global_step, learning_rate, learning_rate_decay_fn)
-    chain = dict(
-        optimizer=optimizer_stage(
+    stages = {
+        "optimizer": optimizer_stage(
             CALL, learning_rate, optimizer, learning_rate_decay_fn
         ),
-        clip=clip_stage(CALL, clip_gradients, axis_name),
-        noise=noise_stage(CALL, gradient_noise_scale, seed, axis_name),
-        multipliers=multiplier_stage(
-            CALL, "gradient_multipliers", gradient_multipliers
-        ),
+        "clip": clip_stage(CALL, clip_gradients, axis_name),
+    }
+    check_noise(CALL, gradient_noise_scale)
+    stages["multipliers"] = multiplier_stage(
+        CALL, "gradient_multipliers", gradient_multipliers
     )
-    check_decay(CALL, learning_rate_decay_fn)
     _check_update_ops(update_ops)
-    chain["variables"] = check_variables(CALL, variables)
+    check_variables(CALL, variables)
     _check_name(name)
     check_bool(CALL, "colocate_gradients_with_ops", colocate_gradients_with_ops)
     check_bool(CALL, "increment_global_step", increment_global_step)
-    chain["rate_multipliers"] = multiplier_stage(
+    stages["rate_multipliers"] = multiplier_stage(
         CALL, "learning_rate_multipliers", learning_rate_multipliers
     )
-    _check_histogram_every(histogram_every)
+    check_int(CALL, "histogram_every", histogram_every, 1, "an int >= 1.")
+    check_bool(CALL, "skip_nonfinite", skip_nonfinite)
+    check_key(CALL, "seed", seed)
+    check_pack_size(CALL, pack_small_leaves, learning_rate, optimizer)
+    check_axis_name(CALL, axis_name)
+    check_bool(CALL, "donate", donate)
+    stages["noise"] = noise_stage(CALL, gradient_noise_scale, seed, axis_name)
     return TrainOp(
         loss=loss,
         chain=Chain(
             call=CALL,
-            **chain,
-            skip_nonfinite=check_bool(CALL, "skip_nonfinite", skip_nonfinite),
-            pack_size=check_pack_size(
-                CALL, pack_small_leaves, learning_rate, optimizer
-            ),
-            axis_name=check_axis_name(CALL, axis_name),
+            **stages,
+            variables=variables,
+            skip_nonfinite=skip_nonfinite,
+            pack_size=pack_small_leaves,
+            axis_name=axis_name,
         ),
         global_step=global_step,
         update_ops=None if update_ops is None else tuple(update_ops),
@@ -183,7 +189,7 @@ def optimize_loss(
         colocate_gradients_with_ops=colocate_gradients_with_ops,
         increment_global_step=increment_global_step,
         histogram_every=histogram_every,
-        donate=check_bool(CALL, "donate", donate),
+        donate=donate,
     )
 
 
@@ -208,7 +214,8 @@ def _check_global_step(step: Any) -> None:
             CALL,
             "global_step",
             step,
-            "must be an int >= 0 or a 0-d integer array, or None for no counter.",
+            "must be an int in [0, 2**31) or a 0-d integer array, or None for no "
+            "counter.",
         )
 
 
@@ -262,8 +269,3 @@ def _check_update_ops(update_ops: Any) -> None:
 def _check_name(name: Any) -> None:
     if name is not None and not isinstance(name, str):
         raise refusal(CALL, "name", name, "must be a str; '' for no prefix.")
-
-
-def _check_histogram_every(every: Any) -> None:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise refusal(CALL, "histogram_every", every, "must be an int >= 1.")

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_number, refusal, show
-from optloss.names import Pattern, is_pattern, is_pattern_list
+from optloss.messages import check_int, check_number, refusal, show
+from optloss.names import Pattern
+from optloss.names import check_variables as check_variables
 from optloss.optimizers.registry import get_factory, title
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
 from optloss.transforms.learning_rate import (
+    check_scalar,
     check_transformation,
     inject_learning_rate,
 )
@@ -54,13 +56,10 @@ def name_of(transform: Any) -> str:
     return made_by.split(".")[0] or type(transform).__name__
 
 
-def noise_stage(call: str, scale: Any, seed: Any, axis_name: AxisName) -> Stage:
-    """Return the stage for ``gradient_noise_scale`` and ``seed``."""
-    check_key(call, "seed", seed)
-    if scale is None:
-        return NOTHING
-    if is_transformation(scale):
-        return Stage(name_of(scale), optax.with_extra_args_support(scale))
+def check_noise(call: str, scale: Any) -> None:
+    """Refuse a ``gradient_noise_scale`` that is no strength and no transformation."""
+    if scale is None or is_transformation(scale):
+        return
     check_number(
         call,
         "gradient_noise_scale",
@@ -69,12 +68,22 @@ def noise_stage(call: str, scale: Any, seed: Any, axis_name: AxisName) -> Stage:
         "a finite real number >= 0, a 0-d array or a transformation such as "
         "add_gradient_noise(0.1, annealing=0.55).",
     )
+
+
+def noise_stage(call: str, scale: Any, seed: Any, axis_name: AxisName) -> Stage:
+    """Return the stage for ``gradient_noise_scale`` and ``seed``."""
+    check_noise(call, scale)
+    check_key(call, "seed", seed)
+    if scale is None:
+        return NOTHING
+    if is_transformation(scale):
+        return Stage(name_of(scale), optax.with_extra_args_support(scale))
     noise = add_gradient_noise(scale, key=seed, axis_name=axis_name)
     return Stage(f"add_gradient_noise({show(scale)})", noise)
 
 
 def multiplier_stage(call: str, argument: str, multipliers: Any) -> Stage:
-    """Return the stage for ``gradient_multipliers`` or ``learning_rate_multipliers``."""
+    """Return the stage for the multipliers of gradients, or of learning rates."""
     if multipliers is None:
         return NOTHING
     check_multipliers(call, argument, multipliers)
@@ -128,7 +137,10 @@ def check_learning_rate(
 ) -> None:
     """Refuse a ``learning_rate`` that does not go with the optimizer or the decay."""
     if learning_rate is None:
-        if not is_transformation(optimizer) and not _takes(optimizer, 0):
+        brings_its_own = is_transformation(optimizer) or (
+            not isinstance(optimizer, type) and _takes(optimizer, 0)
+        )
+        if not brings_its_own:
             raise refusal(
                 call,
                 "learning_rate",
@@ -143,7 +155,8 @@ def check_learning_rate(
                 call,
                 "learning_rate",
                 learning_rate,
-                "a schedule and learning_rate_decay_fn exclude each other. Give a number.",
+                "a schedule and learning_rate_decay_fn exclude each other. Give a "
+                "number.",
             )
         return
     check_number(
@@ -151,7 +164,8 @@ def check_learning_rate(
         "learning_rate",
         learning_rate,
         lambda number: 0 <= number < float("inf"),
-        "a finite real number >= 0, a 0-d array or a schedule (a function of the step).",
+        "a finite real number >= 0, a 0-d array or a schedule (a function of the "
+        "step).",
     )
 
 
@@ -172,7 +186,7 @@ def check_decay(call: str, decay_fn: Any) -> None:
 
 
 def _takes(function: Any, arguments: int) -> bool:
-    if isinstance(function, (str, type)) or not callable(function):
+    if isinstance(function, str) or not callable(function):
         return False
     try:
         inspect.signature(function).bind(*range(arguments))
@@ -187,19 +201,21 @@ def optimizer_stage(
     call: str, learning_rate: Any, optimizer: Any, decay_fn: Any
 ) -> Stage:
     """Return the stage for ``optimizer`` at ``learning_rate``, in any of its forms."""
+    check_decay(call, decay_fn)
     if is_transformation(optimizer):
         if decay_fn is not None and learning_rate is not None:
             warnings.warn(
-                f"{call}: the optimizer is an instance, whose own learning rate governs; "
-                "learning_rate_decay_fn has no effect.",
+                f"{call}: the optimizer is an instance, whose own learning rate "
+                "governs; learning_rate_decay_fn has no effect.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return _instance_stage(call, optimizer)
     if learning_rate is None:
         return _instance_stage(call, check_transformation(call, optimizer()))
+    _probe_rate(call, learning_rate, decay_fn)
     factory, text = _factory(call, optimizer)
-    _probe(call, optimizer, factory)
+    _probe_factory(call, factory)
     rate = show(learning_rate)
     if decay_fn is not None:
         rate += f" decayed by {show(decay_fn)}"
@@ -212,111 +228,87 @@ def _instance_stage(call: str, optimizer: Any) -> Stage:
     return Stage(text, optax.with_extra_args_support(optimizer))
 
 
+def _probe_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
+    def compute(rate: jax.Array, step: jax.Array) -> tuple[()]:
+        if decay_fn is not None:
+            result = decay_fn(rate, step)
+            check_scalar(call, "learning_rate_decay_fn", decay_fn, result)
+        elif is_schedule(learning_rate):
+            check_scalar(call, "learning_rate", learning_rate, learning_rate(step))
+        return ()
+
+    jax.eval_shape(compute, _scalar(jnp.float32), _scalar(jnp.int32))
+
+
+def _scalar(dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), dtype)
+
+
 def _factory(call: str, optimizer: Any) -> tuple[Callable[..., Any], str]:
     if isinstance(optimizer, str):
         return get_factory(call, optimizer), title(optimizer)
-    if isinstance(optimizer, type) or _takes(optimizer, 1):
+    if _takes(optimizer, 1):
         return optimizer, show(optimizer)
-    if callable(optimizer):
-        raise refusal(
-            call,
-            "optimizer",
-            optimizer,
-            "a function must take the learning rate alone. Bind the rest with a lambda, "
-            "or give learning_rate=None for a function without arguments.",
-        )
-    raise refusal(
-        call,
-        "optimizer",
-        optimizer,
+    problem = (
         "must be a name, a function of the learning rate, a class or an optax "
-        "transformation.",
+        "transformation."
     )
+    if isinstance(optimizer, type):
+        problem = "a class must be built from the learning rate alone."
+    elif callable(optimizer):
+        problem = (
+            "a function must take the learning rate alone. Bind the rest with a "
+            "lambda, or give learning_rate=None for a function without arguments."
+        )
+    raise refusal(call, "optimizer", optimizer, problem)
 
 
-def _probe(call: str, optimizer: Any, factory: Callable[..., Any]) -> None:
+def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
     def build(rate: jax.Array) -> tuple[()]:
-        try:
-            result = factory(rate)
-        except TypeError as error:
-            if not isinstance(optimizer, type):
-                raise
-            raise refusal(
-                call,
-                "optimizer",
-                optimizer,
-                "a class must be built from the learning rate alone.",
-            ) from error
-        _refuse_injected(call, check_transformation(call, result))
+        _refuse_injected(call, check_transformation(call, factory(rate)))
         return ()
 
-    jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.float32))
+    jax.eval_shape(build, _scalar(jnp.float32))
 
 
 def _refuse_injected(call: str, transform: Any) -> None:
     if name_of(transform) == "inject_hyperparams":
         raise ValueError(
-            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose state "
-            "would keep the first learning rate for ever. Pass it unwrapped."
+            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
+            "state would keep the first learning rate for ever. Pass it unwrapped."
         )
-
-
-def check_variables(call: str, variables: Any) -> Any:
-    """Return ``variables`` unless it is empty or nothing that can select parameters."""
-    if variables is None or is_pattern(variables) or callable(variables):
-        return variables
-    if is_pattern_list(variables):
-        if not variables:
-            raise refusal(
-                call,
-                "variables",
-                variables,
-                "selects nothing to train. None trains every floating parameter.",
-            )
-        return variables
-    leaves = jax.tree.leaves(variables)
-    if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
-        raise refusal(
-            call,
-            "variables",
-            variables,
-            "must be names or patterns, a predicate (name, leaf) -> bool, or a tree of "
-            "bools like the parameters.",
-        )
-    return variables
 
 
 def check_axis_name(call: str, axis_name: Any) -> AxisName:
     """Return ``axis_name`` unless it is neither a str nor a tuple of them."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is not None and not all(isinstance(name, str) for name in names):
-        raise refusal(
-            call,
-            "axis_name",
-            axis_name,
-            "must be a mesh axis's name or a tuple of them.",
-        )
-    return axis_name
+    if axis_name is None or isinstance(axis_name, str):
+        return axis_name
+    if isinstance(axis_name, tuple) and all(isinstance(n, str) for n in axis_name):
+        return axis_name
+    raise refusal(
+        call, "axis_name", axis_name, "must be a mesh axis's name or a tuple of them."
+    )
 
 
 def check_pack_size(call: str, size: Any, learning_rate: Any, optimizer: Any) -> int:
     """Return ``size`` unless it is no int >= 0, or the optimizer cannot be packed."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+    check_int(
+        call,
+        "pack_small_leaves",
+        size,
+        0,
+        "an int >= 0: the largest size of a leaf to pack, 0 for none.",
+    )
+    # At a rate of its own: the caller's may be traced, and the answer is the same.
+    rate = None if learning_rate is None else 0.1
+    if size and not is_elementwise(
+        optimizer_stage(call, rate, optimizer, None).transform
+    ):
         raise refusal(
             call,
             "pack_small_leaves",
             size,
-            "must be an int >= 0: the largest size of a leaf to pack, 0 for none.",
+            f"the optimizer {show(optimizer)} looks at the shapes, norms or names of "
+            "single leaves, so packed leaves would train differently. Leave it at 0.",
         )
-    if size:
-        # At a rate of its own: the caller's may be traced, and the answer is the same.
-        rate = None if learning_rate is None else 0.1
-        if not is_elementwise(optimizer_stage(call, rate, optimizer, None).transform):
-            raise refusal(
-                call,
-                "pack_small_leaves",
-                size,
-                f"the optimizer {show(optimizer)} looks at the shapes or norms of single "
-                "leaves, so packed leaves would train differently. Leave it at 0.",
-            )
-    return size
+    return int(size)

@@ -56,15 +56,24 @@ def strong(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
 
 
-def scale_leaves(tree: Any, factor: jax.Array) -> Any:
-    """Multiply the inexact leaves of ``tree`` by a real ``factor``, keeping dtypes."""
+def scale_leaves(tree: Any, factor: float | jax.Array) -> Any:
+    """Multiply the inexact leaves of ``tree`` by a real ``factor``, keeping dtypes.
 
-    def scale(leaf: jax.Array) -> jax.Array:
-        wide = accumulator_dtype(leaf.dtype)
-        by = jnp.asarray(factor, real_dtype(wide))
-        return (leaf.astype(wide) * by).astype(leaf.dtype)
+    A factor of 1 returns them bit for bit.
+    """
+    # A product would flush subnormal numbers to zero and quieten NaNs.
+    return map_inexact(
+        lambda leaf: jnp.where(factor == 1, leaf, _scale(leaf, factor)), tree
+    )
 
-    return map_inexact(scale, tree)
+
+def _scale(leaf: jax.Array, factor: float | jax.Array) -> jax.Array:
+    wide = leaf.astype(accumulator_dtype(leaf.dtype))
+    by = jnp.asarray(factor, real_dtype(wide.dtype))
+    if jnp.iscomplexobj(wide):
+        # Times a complex 1, an infinite part would make the other part NaN.
+        return jax.lax.complex(wide.real * by, wide.imag * by).astype(leaf.dtype)
+    return (wide * by).astype(leaf.dtype)
 
 
 def freeze(tree: Any, selected: Sequence[bool]) -> Any:

@@ -163,6 +163,35 @@ def adaptive_clipping(
         rate = jnp.where(decay_warmup, warmed, rate)
         return jnp.minimum(rate, observed / (observed + 1)) if previous else rate
 
+    def follow(
+        state: AdaptiveClippingState, norm: jax.Array, bound: jax.Array, step: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        # In float32 a tiny epsilon is 0, and one log(0) would stay in the averages.
+        least = jnp.finfo(norm.dtype).tiny
+        entry = jnp.log(jnp.maximum(norm + epsilon, least))
+        if previous:
+            entry = jnp.minimum(entry, jnp.log(bound))
+        d = decay_at(state.step if step is None else step, state.observed, norm.dtype)
+        moved = (
+            state.mean - (1 - d) * (state.mean - entry),
+            state.sq_mean - (1 - d) * (state.sq_mean - entry**2),
+        )
+        finite = jnp.isfinite(norm)
+        mean, sq_mean = (
+            jnp.where(finite, new, old).astype(norm.dtype)
+            for new, old in zip(moved, (state.mean, state.sq_mean), strict=True)
+        )
+        return mean, sq_mean
+
+    def factor_for(norm: jax.Array, bound: jax.Array, target: jax.Array) -> jax.Array:
+        safe = jnp.where(norm > 0, norm, 1)
+        factor = jnp.where(norm < bound, 1, target / safe)
+        if static_max_norm is not None:
+            limit = jnp.maximum(jnp.asarray(static_max_norm, norm.dtype), 0)
+            factor = jnp.where(norm > limit, jnp.minimum(factor, limit / safe), factor)
+        mendable = jnp.isfinite(norm) & (norm > 0)
+        return jnp.where(mendable, jnp.minimum(factor, 1), 1).astype(norm.dtype)
+
     def update(
         updates: optax.Updates,
         state: AdaptiveClippingState,
@@ -172,35 +201,21 @@ def adaptive_clipping(
         **extra: Any,
     ) -> tuple[optax.Updates, AdaptiveClippingState]:
         del params, extra
-        dtype = state.norm.dtype
-        norm = global_norm(updates, axis_name=axis_name).astype(dtype)
-        finite = jnp.isfinite(norm)
-        entry = jnp.log(jnp.where(finite, norm, 1) + epsilon)
+        norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
         bound, target = threshold(state.mean, state.sq_mean), jnp.exp(state.mean)
         if previous:
             bound = jnp.where(state.observed < BURN_IN, jnp.inf, bound)
-            entry = jnp.minimum(entry, jnp.log(bound))
-
-        d = decay_at(state.step if step is None else step, state.observed, dtype)
-        mean = state.mean - (1 - d) * (state.mean - entry)
-        sq_mean = state.sq_mean - (1 - d) * (state.sq_mean - entry**2)
-        mean = jnp.where(finite, mean, state.mean).astype(dtype)
-        sq_mean = jnp.where(finite, sq_mean, state.sq_mean).astype(dtype)
+        mean, sq_mean = follow(state, norm, bound, step)
         if not previous:
             bound, target = threshold(mean, sq_mean), jnp.exp(mean)
-
-        safe = jnp.where(norm > 0, norm, 1)
-        factor = jnp.where(norm < bound, 1, target / safe)
-        if static_max_norm is not None:
-            factor = jnp.minimum(factor, jnp.asarray(static_max_norm, dtype) / safe)
-        factor = jnp.where(finite & (norm > 0), jnp.minimum(factor, 1), 1).astype(dtype)
+        factor = factor_for(norm, bound, target)
         return scale_leaves(updates, factor), AdaptiveClippingState(
             step=optax.safe_increment(state.step),
             clipped=state.clipped + (factor < 1),
-            observed=state.observed + finite,
+            observed=state.observed + jnp.isfinite(norm),
             mean=mean,
             sq_mean=sq_mean,
-            max_norm=bound.astype(dtype),
+            max_norm=bound.astype(norm.dtype),
             norm=norm,
             factor=factor,
         )

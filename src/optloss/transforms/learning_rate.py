@@ -9,15 +9,7 @@ import optax
 
 from optloss.messages import check_number, is_array, refusal, show
 from optloss.summaries import LEARNING_RATE
-from optloss.trees import (
-    accumulator_dtype,
-    inexact_only,
-    is_inexact,
-    keep_dtypes,
-    map_inexact,
-    real_dtype,
-    thaw,
-)
+from optloss.trees import inexact_only, is_inexact, keep_dtypes, scale_leaves, thaw
 
 Rate = float | jax.Array | optax.Schedule
 DecayFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -85,11 +77,7 @@ def scale_by_learning_rate(
 
 
 def _descend(rate: jax.Array) -> optax.GradientTransformation:
-    def scale(leaf: jax.Array) -> jax.Array:
-        wide = accumulator_dtype(leaf.dtype)
-        return (leaf.astype(wide) * -rate.astype(real_dtype(wide))).astype(leaf.dtype)
-
-    return optax.stateless(lambda updates, _: map_inexact(scale, updates))
+    return optax.stateless(lambda updates, _: scale_leaves(updates, -rate))
 
 
 def inject_learning_rate(

@@ -89,7 +89,7 @@ def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
         return leaf
     if is_number(multiplier) and multiplier == 0:
         return jnp.zeros_like(leaf)
-    scaled = scale_leaves(leaf, jnp.asarray(multiplier))
+    scaled = scale_leaves(leaf, multiplier)
     if is_number(multiplier):
         return scaled
     return jnp.where(multiplier == 0, jnp.zeros_like(leaf), scaled)

@@ -10,7 +10,13 @@ import optax
 from optloss.messages import refusal
 from optloss.norms import agree, global_norm
 from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_TOTAL
-from optloss.trees import negative_zeros
+from optloss.trees import (
+    inexact_only,
+    is_inexact,
+    keep_dtypes,
+    negative_zeros,
+    thaw,
+)
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -45,7 +51,8 @@ def skip_nonfinite(
 
     Returns:
         A transform with a :class:`~optloss.transforms.nonfinite.SkipNonfiniteState`.
-        The loss is judged, too, where ``value=`` is passed to ``update``.
+        The loss is judged, too, where ``value=`` is passed to ``update``. Leaves that
+        are not floating or complex are passed by ``inner``.
 
     Raises:
         ValueError: If ``inner`` is not a transformation.
@@ -73,23 +80,32 @@ def skip_nonfinite(
         )
     inner = optax.with_extra_args_support(inner)
 
+    def init(params: optax.Params) -> SkipNonfiniteState:
+        return start_skipping(inner.init(inexact_only(params)))
+
     def update(
         updates: optax.Updates,
         state: SkipNonfiniteState,
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, SkipNonfiniteState]:
-        finite = is_finite(global_norm(updates, axis_name=axis_name), extra, axis_name)
-        return skip_unless(
-            finite,
-            state,
-            lambda: inner.update(updates, state.inner, params, **extra),
-            lambda shapes: negative_zeros(shapes, updates),
-        )
+        selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
+        gradients = inexact_only(updates)
+        trained = None if params is None else inexact_only(params)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: start_skipping(inner.init(params)), update
-    )
+        def commit() -> tuple[Any, Any]:
+            made, after = inner.update(gradients, state.inner, trained, **extra)
+            return made, keep_dtypes(after, state.inner)
+
+        made, new_state = skip_unless(
+            is_finite(global_norm(gradients, axis_name=axis_name), extra, axis_name),
+            state,
+            commit,
+            lambda shapes: negative_zeros(shapes, gradients),
+        )
+        return thaw(made, updates, selected), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def start_skipping(inner: Any) -> SkipNonfiniteState:

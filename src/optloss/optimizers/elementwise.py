@@ -1,0 +1,111 @@
+"""Optimizers as a rule for one leaf, and the slots that the rule reads and writes.
+
+A slot is kept in float32 for a half-precision leaf and in the leaf's own precision
+otherwise; a leaf that is no floating or complex array has ``optax.MaskedNode()``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import refusal
+from optloss.trees import accumulator_dtype, is_inexact, real_dtype
+
+Rule = Callable[..., tuple[Any, ...]]
+
+
+def elementwise(
+    start: Callable[[Any], Any], rule: Rule, *, solver: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transform that applies ``rule(gradient, *slots) -> (update, *slots)``.
+
+    ``start(params)`` gives the state, a NamedTuple of slots. If its first field is
+    ``step``, that is counted, and handed to the rule as the last argument. A ``solver``
+    is handed the parameter, too, after the slots, and named where it is missing.
+    """
+
+    def init(params: Any) -> Any:
+        return start(params)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del extra
+        if solver and params is None:
+            problem = (
+                "must be given, to be solved for anew. Call update(g, state, params)."
+            )
+            raise refusal(f"{solver}.update", "params", params, problem)
+        others = [params] if solver else []
+        if "step" not in state._fields:
+            updates, slots = _map_rule(rule, updates, state, others)
+            return updates, type(state)(*slots)
+        step = optax.safe_increment(state.step)
+
+        def counted(*row: Any) -> tuple[Any, ...]:
+            return rule(*row, step)
+
+        updates, slots = _map_rule(counted, updates, state[1:], others)
+        return updates, type(state)(step, *slots)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def slots(params: Any, value: float | jax.Array, *, real: bool = False) -> Any:
+    """Return a slot full of ``value`` beside each leaf, on the devices of the leaf."""
+
+    def slot(leaf: Any) -> Any:
+        if not is_inexact(leaf):
+            return optax.MaskedNode()
+        dtype = accumulator_dtype(leaf.dtype)
+        return jnp.full_like(leaf, value, dtype=real_dtype(dtype) if real else dtype)
+
+    return jax.tree.map(slot, params)
+
+
+def scalar(like: jax.Array, value: float | jax.Array) -> jax.Array:
+    """Return the real number ``value`` in the precision of ``like``."""
+    return jnp.asarray(value, real_dtype(like.dtype))
+
+
+def square(gradient: jax.Array) -> jax.Array:
+    """Return the squared absolute values, which are real."""
+    if jnp.iscomplexobj(gradient):
+        return jnp.square(gradient.real) + jnp.square(gradient.imag)
+    return jnp.square(gradient)
+
+
+def _map_rule(
+    rule: Rule, updates: Any, slots: Sequence[Any], others: Sequence[Any]
+) -> tuple[Any, list[Any]]:
+    """Apply ``rule`` leaf by leaf. A slot that is ``None`` for all leaves stays so."""
+    leaves = jax.tree.leaves(updates, is_leaf=_is_absent)
+    structure: Any = jax.tree.structure(updates, is_leaf=_is_absent)
+    columns = [
+        [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
+        for tree in (*slots, *others)
+    ]
+    rows = [
+        _apply(rule, len(slots), *row) for row in zip(leaves, *columns, strict=True)
+    ]
+    stepped, *kept = (
+        jax.tree.unflatten(structure, [row[i] for row in rows])
+        for i in range(1 + len(slots))
+    )
+    pairs = zip(slots, kept, strict=True)
+    return stepped, [None if old is None else new for old, new in pairs]
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _apply(rule: Rule, slots: int, gradient: Any, *row: Any) -> tuple[Any, ...]:
+    if not is_inexact(gradient):
+        return gradient, *row[:slots]
+    update, *new = rule(gradient.astype(accumulator_dtype(gradient.dtype)), *row)
+    pairs = zip(row[:slots], new, strict=True)
+    return update, *(None if old is None else s.astype(old.dtype) for old, s in pairs)

@@ -1,0 +1,434 @@
+import functools
+from typing import Any, NamedTuple
+
+import flax.training.train_state
+import hypothesis
+import hypothesis.extra.numpy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optloss.summaries import (
+    OPTIMIZER_SUMMARIES,
+    Histogram,
+    bucket_limits,
+    empty_histogram,
+    get_summaries,
+    histogram,
+)
+
+LARGEST = np.finfo(np.float32).max
+
+
+def tensorflow_limits(dtype):
+    """As TensorFlow's histogram.cc builds them: one after the other, in double."""
+    positive, value = [], 1e-12
+    while value < 1e20:
+        positive.append(value)
+        value *= 1.1
+    positive.append(float(np.finfo(dtype).max))
+    limits = [*(-v for v in reversed(positive)), 0.0, *positive]
+    return np.array(limits, np.float64).astype(dtype)
+
+
+def oracle(values, dtype=np.float32):
+    """The histogram by NumPy: sums in float64, buckets by a binary search."""
+    values = np.asarray(values).ravel().astype(dtype)
+    finite = values[np.isfinite(values)]
+    limits = tensorflow_limits(dtype)
+    places = np.searchsorted(limits, finite, side="right")
+    places = np.minimum(places, len(limits) - 1)
+    wide = finite.astype(np.float64)
+    with np.errstate(over="ignore"):
+        total, squares = wide.sum(), np.square(wide).sum()
+    return Histogram(
+        min=finite.min() if finite.size else np.finfo(dtype).max,
+        max=finite.max() if finite.size else np.finfo(dtype).min,
+        num=finite.size,
+        sum=total,
+        sum_squares=squares,
+        nonfinite=values.size - finite.size,
+        bucket_limits=limits,
+        bucket_counts=np.bincount(places, minlength=len(limits)),
+    )
+
+
+def assert_equal(found, expected, rtol=1e-6):
+    for field in ("min", "max", "num", "nonfinite", "bucket_limits", "bucket_counts"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+    size = np.sqrt(float(expected.sum_squares) * max(int(expected.num), 1))
+    np.testing.assert_allclose(found.sum, expected.sum, rtol=rtol, atol=rtol * size)
+    np.testing.assert_allclose(found.sum_squares, expected.sum_squares, rtol=rtol)
+
+
+def of_all_magnitudes(dtype, size=20_000, seed=0):
+    """Finite values with random bits: as many at 1e-30 as at 1e30."""
+    words = np.random.default_rng(seed).integers(0, 256, size * dtype.itemsize)
+    values = words.astype(np.uint8).view(dtype)
+    return values[np.isfinite(values)]
+
+
+def at_the_limits(dtype):
+    limits = tensorflow_limits(dtype)
+    up = np.nextafter(limits[:-1], limits.dtype.type(np.inf))
+    down = np.nextafter(limits[1:], limits.dtype.type(-np.inf))
+    tiny = np.finfo(dtype).smallest_subnormal
+    return np.concatenate([limits, up, down, [0.0, -0.0, tiny, -tiny]]).astype(dtype)
+
+
+def test_the_names_are_the_originals():
+    assert OPTIMIZER_SUMMARIES == (
+        "learning_rate",
+        "loss",
+        "gradients",
+        "gradient_norm",
+        "global_gradient_norm",
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_limits_are_tensorflows(dtype):
+    limits = bucket_limits(dtype)
+    np.testing.assert_array_equal(limits, tensorflow_limits(dtype))
+    assert limits.dtype == dtype
+    assert len(limits) == 1551
+    assert np.all(np.diff(limits) > 0)
+    assert limits[-1] == np.finfo(dtype).max
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("values", [at_the_limits, of_all_magnitudes])
+def test_every_value_is_in_its_bucket(values, jit):
+    values = values(np.dtype(np.float32))
+    counts = (jax.jit(histogram) if jit else histogram)(values).bucket_counts
+    np.testing.assert_array_equal(counts, oracle(values).bucket_counts)
+    assert counts.sum() == values.size
+
+
+@pytest.mark.parametrize("values", [at_the_limits, of_all_magnitudes])
+def test_every_float64_is_in_its_bucket(values):
+    values = values(np.dtype(np.float64))
+    with jax.enable_x64(True):
+        found = histogram(jnp.asarray(values))
+        structure = [(leaf.dtype, leaf.shape) for leaf in found]
+        counts = np.asarray(found.bucket_counts)
+    np.testing.assert_array_equal(counts, oracle(values, np.float64).bucket_counts)
+    expected = [(np.float64, ())] * 5 + [(np.float64, (1551,)), (np.int32, (1551,))]
+    expected[2:2], expected[5] = [(np.int32, ())], (np.int32, ())
+    assert structure == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (jnp.float32, ()),
+        (jnp.float32, (1000,)),
+        (jnp.float32, (3, 1, 50)),
+        (jnp.bfloat16, (30, 40)),
+        (jnp.float16, (30, 40)),
+    ],
+)
+def test_it_equals_numpy(dtype, shape):
+    values = np.random.default_rng(1).normal(0.01, 0.1, shape)
+    values = jnp.asarray(values, dtype)
+    # XLA adds up to some thousand half-precision values one after the other.
+    assert_equal(histogram(values), oracle(values.astype(jnp.float32)), rtol=2e-6)
+
+
+def test_a_million_values_are_summed_to_1e_6():
+    values = np.random.default_rng(2).normal(1e-4, 1e-3, 1_000_000)
+    values = values.astype(np.float32)
+    assert_equal(histogram(values), oracle(values))
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    hypothesis.extra.numpy.arrays(
+        np.float32,
+        17,
+        elements=hypothesis.strategies.floats(width=32),
+    )
+)
+def test_counts_and_extremes_equal_numpys_whatever_the_values(values):
+    found, expected = histogram(values), oracle(values)
+    for field in ("num", "nonfinite", "bucket_counts"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+    # XLA on a CPU takes a subnormal number for zero, except where bits are looked at.
+    np.testing.assert_allclose(found.min, expected.min, rtol=0, atol=1.2e-38)
+    np.testing.assert_allclose(found.max, expected.max, rtol=0, atol=1.2e-38)
+
+
+def test_what_is_not_finite_is_counted_and_left_out():
+    values = jnp.array([1.0, jnp.nan, -jnp.inf, 3.0, jnp.inf, -jnp.nan])
+    found = histogram(values)
+    assert_equal(found, oracle([1.0, 3.0])._replace(nonfinite=4))
+
+
+def test_nothing_but_nan_is_empty():
+    found = histogram(jnp.full(3, jnp.nan))
+    assert_equal(found, empty_histogram()._replace(nonfinite=jnp.int32(3)))
+
+
+def test_of_a_complex_value_the_modulus_is_taken():
+    values = jnp.array([3 + 4j, -5j, 0, complex(jnp.nan, 1), complex(1, jnp.inf)])
+    assert_equal(histogram(values), oracle([5.0, 5.0, 0.0])._replace(nonfinite=2))
+
+
+def test_squares_that_overflow_are_infinite_and_nothing_else_is():
+    found = histogram(jnp.array([1e30, -1e30]))
+    assert found.sum_squares == jnp.inf
+    assert (found.sum, found.num, found.nonfinite) == (0.0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "nothing", [{}, None, jnp.zeros(0), {"w": jnp.zeros((3, 0)), "n": jnp.arange(4)}]
+)
+def test_of_nothing_it_is_empty(nothing):
+    found = histogram(nothing)
+    assert_equal(found, empty_histogram())
+    assert (found.num, found.min, found.max) == (0, LARGEST, -LARGEST)
+
+
+def test_a_tree_is_counted_as_its_leaves_together():
+    tree = {
+        "kernel": jnp.linspace(-1.0, 2.0, 30).reshape(5, 6),
+        "half": jnp.array([0.5, jnp.nan], jnp.bfloat16),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "steps": jnp.arange(3),
+        "flags": jnp.array([True]),
+    }
+    together = np.append(np.asarray(tree["kernel"]).ravel(), [0.5, np.nan])
+    assert_equal(histogram(tree), oracle(together))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.complex64, np.float64])
+def test_an_empty_histogram_has_the_same_types(dtype):
+    with jax.enable_x64(True):
+        tree = {"w": jnp.zeros(3, dtype), "b": jnp.zeros((), np.float32)}
+        full, empty = map(jax.eval_shape, (histogram, empty_histogram), (tree, tree))
+    assert jax.tree.structure(full) == jax.tree.structure(empty)
+    for one, other in zip(full, empty, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert one.weak_type is other.weak_type is False
+
+
+def test_every_third_step_of_a_scan_in_one_trace():
+    traces = []
+    steps = np.random.default_rng(3).standard_normal((7, 50)).astype(np.float32)
+
+    def step(count, values):
+        traces.append(None)
+        looked_at = jax.lax.cond(
+            count % 3 == 0, lambda: histogram(values), lambda: empty_histogram(values)
+        )
+        return count + 1, looked_at
+
+    _, found = jax.jit(lambda steps: jax.lax.scan(step, 0, steps))(steps)
+    assert len(traces) == 1
+    for i, values in enumerate(steps):
+        expected = oracle(values) if i % 3 == 0 else empty_histogram()
+        assert_equal(Histogram(*(field[i] for field in found)), expected)
+
+
+def test_it_can_be_batched():
+    values = np.random.default_rng(4).standard_normal((4, 3, 20)).astype(np.float32)
+    found = jax.vmap(histogram)(values)
+    for i in range(4):
+        assert_equal(Histogram(*(field[i] for field in found)), oracle(values[i]))
+
+
+SPECS = [("a", "b"), ("a", None), (None, "b"), (("a", "b"), None), (None, None)]
+SPREAD = np.random.default_rng(5).standard_normal((16, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_sharded_array_is_counted_once_without_being_gathered(spec, kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    values = jax.device_put(SPREAD, NamedSharding(mesh, PartitionSpec(*spec)))
+    measure = jax.jit(histogram)
+    assert_equal(measure(values), oracle(SPREAD))
+    assert "all-gather" not in measure.lower(values).compile().as_text()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_outside_of_jit_a_sharded_array_is_counted_once(kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    values = jax.device_put(SPREAD, NamedSharding(mesh, PartitionSpec("a")))
+    assert_equal(histogram(values), oracle(SPREAD))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_under_shard_map_all_devices_are_counted(check_vma):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    measure = jax.shard_map(
+        functools.partial(histogram, axis_name=("a", "b")),
+        mesh=mesh,
+        in_specs=PartitionSpec("a", "b"),
+        out_specs=PartitionSpec(),
+        check_vma=check_vma,
+    )
+    assert_equal(jax.jit(measure)(SPREAD), oracle(SPREAD))
+
+
+def test_under_shard_map_what_is_replicated_is_counted_once():
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    measure = jax.shard_map(
+        functools.partial(histogram, axis_name=("a", "b")),
+        mesh=mesh,
+        in_specs=({"w": PartitionSpec("a"), "b": PartitionSpec()},),
+        out_specs=PartitionSpec(),
+    )
+    tree = {"w": SPREAD, "b": np.float32([1e3, 1e-3])}
+    expected = oracle(np.append(SPREAD, tree["b"]))
+    assert_equal(jax.jit(measure)(tree), expected)
+
+
+def test_under_pmap_all_devices_are_counted():
+    measure = jax.pmap(functools.partial(histogram, axis_name="d"), axis_name="d")
+    found = jax.device_get(measure(SPREAD.reshape(8, 2, 8)))
+    for device in range(8):
+        assert_equal(Histogram(*(field[device] for field in found)), oracle(SPREAD))
+
+
+class MeasuredState(NamedTuple):
+    """Stands in for a state of ours: it publishes two scalars."""
+
+    norm: Any
+    count: Any
+    inner: Any
+
+    def measurements(self):
+        return {"norm": self.norm, "share": self.norm / (self.count + 1)}
+
+
+def measure(inner=None):
+    inner = optax.with_extra_args_support(inner or optax.identity())
+
+    def init(params):
+        return MeasuredState(jnp.float32(0), jnp.int32(0), inner.init(params))
+
+    def update(updates, state, params=None, **extra):
+        norm = optax.tree.norm(updates)
+        updates, after = inner.update(updates, state.inner, params, **extra)
+        return updates, MeasuredState(norm, state.count + 1, after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+PARAMS = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+MEASURED = {"norm": 5.0, "share": 2.5}
+
+WRAPPED = {
+    "alone": lambda: measure(),
+    "around adam": lambda: measure(optax.adam(1e-3)),
+    "chain": lambda: optax.chain(optax.identity(), measure(), optax.adam(1e-3)),
+    "named_chain": lambda: optax.named_chain(
+        ("clip", measure()), ("sgd", optax.sgd(1))
+    ),
+    "masked": lambda: optax.masked(measure(), {"w": True, "b": True}),
+    "partition": lambda: optax.partition(
+        {"all": optax.chain(measure(), optax.adam(1e-3))}, {"w": "all", "b": "all"}
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(measure(), every_k_schedule=1),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        lambda rate: optax.chain(measure(), optax.sgd(rate))
+    )(rate=0.1),
+    "apply_if_finite": lambda: optax.apply_if_finite(measure(), 3),
+    "lookahead": lambda: optax.chain(measure(), optax.trace(0.9)),
+}
+
+
+def updated(tx, params=PARAMS):
+    return tx.update(params, tx.init(params), params)[1]
+
+
+def numbers(summaries):
+    for value in summaries.values():
+        assert value.dtype == jnp.float32
+        assert not value.weak_type
+    return {tag: float(value) for tag, value in summaries.items()}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_what_was_measured_is_found_in_any_wrapping(wrapped):
+    tx = WRAPPED[wrapped]()
+    assert numbers(get_summaries(updated(tx))) == MEASURED
+    assert numbers(jax.jit(lambda: get_summaries(updated(tx)))()) == MEASURED
+
+
+def test_a_flax_train_state():
+    state = flax.training.train_state.TrainState.create(
+        apply_fn=None, params=PARAMS, tx=optax.chain(measure(), optax.sgd(0.1))
+    )
+    state = state.apply_gradients(grads=PARAMS)
+    assert numbers(get_summaries(state)) == MEASURED
+
+
+class Weights(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.array([3.0, 4.0]))
+
+
+@pytest.mark.parametrize("tx", [measure(), measure(optax.adam(1e-3))])
+def test_an_nnx_optimizer(tx):
+    model = Weights()
+    optimizer = nnx.Optimizer(model, optax.chain(tx, optax.sgd(0.1)), wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    assert numbers(get_summaries(optimizer)) == MEASURED
+    assert numbers(get_summaries(optimizer.opt_state)) == MEASURED
+    assert numbers(nnx.jit(get_summaries)(optimizer)) == MEASURED
+
+
+def test_the_second_of_a_kind_gets_1_and_the_third_2():
+    double = optax.scale(2.0)
+    chain = optax.chain(measure(), double, measure(), double, measure())
+    assert numbers(get_summaries(updated(chain))) == {
+        "norm": 5.0,
+        "share": 2.5,
+        "norm_1": 10.0,
+        "share_1": 5.0,
+        "norm_2": 20.0,
+        "share_2": 10.0,
+    }
+
+
+def test_an_outer_state_comes_before_those_it_holds():
+    nested = measure(optax.chain(optax.scale(2.0), measure(), optax.adam(1e-3)))
+    found = numbers(get_summaries(updated(nested)))
+    assert found == {"norm": 5.0, "share": 2.5, "norm_1": 10.0, "share_1": 5.0}
+
+
+def test_partitions_are_told_apart():
+    tx = optax.partition({"x": measure(), "y": measure()}, {"w": "x", "b": "y"})
+    found = numbers(get_summaries(updated(tx)))
+    assert (found["norm"], found["norm_1"]) == (3.0, 4.0)
+
+
+def test_whatever_is_measured_is_published_as_float32():
+    with jax.enable_x64(True):
+        state = MeasuredState(jnp.float64(3.0), jnp.int64(2), ())
+        assert numbers(get_summaries(state)) == {"norm": 3.0, "share": 1.0}
+    assert numbers(get_summaries(MeasuredState(jnp.int32(3), 2, ())))["norm"] == 3.0
+
+
+def test_under_vmap_there_is_one_value_a_run():
+    scales = jnp.arange(1.0, 5.0)
+    tx = optax.chain(measure(), optax.adam(1e-3))
+
+    def run(scale):
+        return get_summaries(updated(tx, jax.tree.map(lambda p: p * scale, PARAMS)))
+
+    np.testing.assert_allclose(jax.vmap(run)(scales)["norm"], 5 * scales)
+    states = jax.vmap(lambda s: updated(tx, jax.tree.map(lambda p: p * s, PARAMS)))
+    np.testing.assert_allclose(get_summaries(states(scales))["norm"], 5 * scales)
+
+
+@pytest.mark.parametrize("tree", [None, {}, jnp.ones(3), optax.adam(0.1).init(PARAMS)])
+def test_where_nothing_was_measured_there_is_nothing(tree):
+    assert get_summaries(tree) == {}
