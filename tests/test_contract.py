@@ -1,4 +1,4 @@
-"""One table of transforms, each held to the whole contract of the parts."""
+"""One table of transforms, each of them held to the whole contract of the parts."""
 
 import functools
 import pickle
@@ -17,25 +17,15 @@ import optloss
 from optloss.optimizers import tensorflow
 
 part = functools.partial
-
-
-def halve(pairs):
-    return [(gradient / 2, variable) for gradient, variable in pairs]
-
-
-def decay(rate, step):
-    return rate * 0.9**step
-
-
-EVERYTHING = part(
+everything = part(
     optloss.make_optimizer,
     0.1,
     "Adam",
     gradient_noise_scale=0.01,
     gradient_multipliers={"**/kernel": 2.0},
     clip_gradients=optloss.adaptive_clipping(),
-    learning_rate_decay_fn=decay,
-    learning_rate_multipliers={"**/kernel": 0.5},
+    learning_rate_decay_fn=lambda rate, step: rate * 0.9**step,
+    learning_rate_multipliers={"**/dense/*": 0.5},
     skip_nonfinite=True,
     seed=7,
 )
@@ -44,56 +34,83 @@ TRANSFORMS = {
     "truncated noise": part(
         optloss.add_gradient_noise, 0.1, distribution="truncated_normal"
     ),
-    "multipliers": part(
-        optloss.multiply_gradients, {"dense/*": 0.5, "**/kernel": 0.0}
-    ),
+    "multipliers": part(optloss.multiply_gradients, {"**/kernel": 0.5}),
     "clip": part(optloss.clip_by_global_norm, 0.5),
-    "clip by function": part(optloss.clip_by_function, halve),
+    "clip by function": part(
+        optloss.clip_by_function, lambda pairs: [(g / 2, v) for g, v in pairs]
+    ),
     "adaptive clip": part(optloss.adaptive_clipping, 0.5, static_max_norm=1.0),
     "adaptive clip, previous": part(optloss.adaptive_clipping, statistics="previous"),
-    "rate": part(optloss.scale_by_learning_rate, 0.1, decay),
+    "rate": part(
+        optloss.scale_by_learning_rate, 0.1, lambda rate, step: rate * 0.9**step
+    ),
     "schedule": part(
         optloss.scale_by_learning_rate, optax.linear_schedule(0.1, 0.0, 9)
     ),
-    "injected adam": part(optloss.inject_learning_rate, optax.adam, 0.1, decay),
+    "injected adam": part(optloss.inject_learning_rate, optax.adam, 0.1),
     "injected ftrl": part(optloss.inject_learning_rate, tensorflow.ftrl, 0.1),
-    "guarded sgd": part(optloss.skip_nonfinite, optax.sgd(0.1, momentum=0.9)),
-    "everything": EVERYTHING,
-    "everything packed": part(EVERYTHING, pack_small_leaves=4),
+    "guard": part(optloss.skip_nonfinite, optax.sgd(0.1, momentum=0.9)),
+    "everything": everything,
+    "everything packed": part(everything, pack_small_leaves=4),
+}
+OPTIMIZERS = {
+    "rate",
+    "schedule",
+    "injected adam",
+    "injected ftrl",
+    "guard",
+    "everything",
+    "everything packed",
+}
+NEED_A_PARAMETER = {"multipliers", "everything", "everything packed"}
+# Functions, which optax.inject_hyperparams would take for schedules, and sizes.
+STATIC = {
+    "clip by function": ("fn",),
+    "rate": ("decay_fn",),
+    "injected adam": ("factory",),
+    "injected ftrl": ("factory",),
+    "everything": ("learning_rate_decay_fn", "pack_small_leaves"),
+    "everything packed": ("learning_rate_decay_fn", "pack_small_leaves"),
 }
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-NEED_PARAMS = {"clip by function", "injected ftrl"}
-RANDOM = {"noise", "truncated noise"} | {n for n in TRANSFORMS if "everything" in n}
-OPTIMIZERS = {n for n in TRANSFORMS if "injected" in n or "everything" in n}
 
 
 def build(name):
     return TRANSFORMS[name]()
 
 
-def parameters(*dtypes):
-    """A tree with everything in it that a tree may hold."""
+def mixed_parameters():
+    """A tree of everything that a tree may hold."""
+    wide = jax.config.jax_enable_x64
+    more = (jnp.float64, jnp.complex128) if wide else (jnp.float16, jnp.complex64)
     return {
-        "dense": {
-            str(jnp.dtype(dtype)): jnp.linspace(-1, 1, 6).astype(dtype).reshape(2, 3)
-            for dtype in dtypes
-        },
-        "layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(())},
+        "dense": {"kernel": jnp.ones((2, 3), jnp.bfloat16), "bias": jnp.float32(1)},
+        "more": [jnp.ones(2, dtype) for dtype in more],
         "empty": jnp.zeros((0, 4)),
         "none": None,
         "masked": optax.MaskedNode(),
         "table": jnp.arange(4),
+        "count": jnp.int32(7),
         "flags": jnp.array([True, False]),
         "key": jax.random.key(0),
     }
 
 
+def mixed_gradients(params, seed=0, count=10**6):
+    grads = gradients(params, seed) | {"count": jnp.int32(count)}
+    return grads | {name: params[name] for name in ("flags", "key")}
+
+
+def plain_parameters():
+    return {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(())}}
+
+
 def gradients(params, seed=0):
-    """What JAX gives for such a tree: ``float0`` for whole numbers."""
+    """Return random numbers for a gradient, and ``float0`` for whole numbers."""
     random = np.random.default_rng(seed)
 
     def one(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not is_arithmetic(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
         values = random.normal(size=leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -103,20 +120,16 @@ def gradients(params, seed=0):
     return jax.tree.map(one, params)
 
 
-def plain(dtype=jnp.float32):
-    """A tree of one floating dtype, for wrappers that accept no more."""
-    return {
-        "dense": {"a": jnp.linspace(-1, 1, 6).astype(dtype).reshape(2, 3)},
-        "layer": {"kernel": jnp.ones((3, 2), dtype), "bias": jnp.zeros((), dtype)},
-    }
-
-
 def is_arithmetic(leaf):
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def arithmetic(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if is_arithmetic(leaf)]
+
+
 def kinds(tree):
-    """The structure of a tree, and what type each of its leaves is of."""
+    """Return the structure of a tree and what its leaves are, without their values."""
     return jax.tree.structure(tree), [
         (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False))
         for leaf in jax.tree.leaves(tree)
@@ -124,157 +137,292 @@ def kinds(tree):
 
 
 def bits(tree):
-    leaves = [
-        jax.random.key_data(leaf)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else leaf
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return [np.asarray(leaf).tobytes() for leaf in leaves]
+    def raw(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return str(leaf.dtype), np.asarray(leaf).tobytes()
+
+    return [raw(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def close(found, expected, tolerance=1e-5):
-    for one, other in zip(
-        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(
-            np.asarray(one, np.complex128),
-            np.asarray(other, np.complex128),
-            rtol=tolerance,
-            atol=tolerance,
-        )
+def assert_close(found, expected, tolerance=1e-5):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-def run(transform, params, steps=4, *, update=None):
-    """Some updates one after the other: all of them, and the state at the end."""
-    state, results = transform.init(params), []
-    for seed in range(steps):
-        updates, state = (update or transform.update)(
-            gradients(params, seed), state, params
-        )
-        results.append(updates)
-    return results, state
+@functools.cache
+def compiled(name):
+    """Return the update of plain parameters, compiled once for several tests."""
+    return jax.jit(build(name).update)
 
 
-@every_transform
 @pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
-def test_dtypes_are_kept_and_the_rest_is_passed_on(name, wide):
+@every_transform
+def test_types_stay_and_what_is_no_number_is_passed_on(name, wide):
+    traces = []
     with jax.enable_x64(wide):
-        dtypes = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
-        params = parameters(*dtypes, *([jnp.float64, jnp.complex128] if wide else []))
-        transform, grads = build(name), gradients(params)
+        transform, params = build(name), mixed_parameters()
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def update(*arguments):
+            traces.append(1)
+            return transform.update(*arguments)
+
         state = transform.init(params)
-        updates, new_state = jax.jit(transform.update)(grads, state, params)
-        assert kinds(new_state) == kinds(state)
-        assert jax.tree.structure(updates) == jax.tree.structure(grads)
-        for before, after in zip(
-            jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True
-        ):
-            assert after.shape == before.shape
-            allowed = {before.dtype}
-            if is_arithmetic(before) and name in OPTIMIZERS:
-                allowed.add(jnp.promote_types(before.dtype, jnp.float32))
-            assert after.dtype in allowed
-            if is_arithmetic(after):
-                assert np.isfinite(np.asarray(after, np.complex128)).all()
-        moved = optax.apply_updates(
-            optax.tree.cast(_arithmetic(params), None), _arithmetic(updates)
+        expected = kinds(state)
+        assert expected == kinds(jax.eval_shape(transform.init, params))
+        for seed in range(3):
+            grads = mixed_gradients(params, seed)
+            updates, state = update(grads, state, params)
+            assert kinds(state) == expected
+            assert_passed_on(grads, updates, widened=name in OPTIMIZERS)
+        # Integers are not counted: no other number changes if they do.
+        alone, _ = update(
+            mixed_gradients(params, count=0), transform.init(params), params
         )
-        assert kinds(moved) == kinds(_arithmetic(params))
+        among, _ = update(mixed_gradients(params), transform.init(params), params)
+        assert bits(arithmetic(alone)) == bits(arithmetic(among))
+    assert len(traces) == 1
 
 
-def _arithmetic(tree):
-    return [leaf for leaf in jax.tree.leaves(tree) if is_arithmetic(leaf)]
+def assert_passed_on(grads, updates, *, widened):
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True)
+    for before, after in pairs:
+        assert after.shape == before.shape
+        if not is_arithmetic(before):
+            assert bits(after) == bits(before)
+            continue
+        wider = jnp.promote_types(before.dtype, jnp.float32)
+        assert after.dtype in ({before.dtype, wider} if widened else {before.dtype})
+        assert np.isfinite(np.asarray(after, np.complex128)).all()
 
 
-@every_transform
-def test_whole_numbers_are_returned_as_they_came(name):
-    params = parameters()
-    transform, grads = build(name), gradients(params)
-    rest = {key: params[key] for key in ("table", "flags", "key")}
-    updates, _ = transform.update(grads | rest, transform.init(params), params)
-    assert bits({key: updates[key] for key in rest}) == bits(rest)
-    assert updates["none"] is None
-    assert updates["masked"] == optax.MaskedNode()
-
-
-@every_transform
-def test_whole_numbers_are_not_counted(name):
-    few = plain()
-    more = few | {"table": jnp.array([10**6]), "flags": jnp.array([True])}
-    transform, grads = build(name), gradients(few)
-    rest = {key: more[key] for key in ("table", "flags")}
-    alone, _ = transform.update(grads, transform.init(few), few)
-    among, _ = transform.update(grads | rest, transform.init(more), more)
-    assert bits({key: among[key] for key in few}) == bits(alone)
-
-
-@every_transform
-@pytest.mark.parametrize("tree", [{}, None, {"a": None}, {"n": jnp.arange(3)}], ids=str)
-def test_a_tree_without_arithmetic_is_fine(name, tree):
-    if "multipliers" in name or "everything" in name:
-        pytest.skip("a multiplier of nothing is refused")
+@pytest.mark.parametrize("tree", [{}, (None,), {"n": jnp.arange(3)}], ids=str)
+@pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - NEED_A_PARAMETER))
+def test_a_tree_without_anything_to_train_is_fine(name, tree):
     transform = build(name)
-    updates, state = transform.update(tree, transform.init(tree), tree)
+    updates, state = jax.jit(transform.update)(tree, transform.init(tree), tree)
     assert bits(updates) == bits(tree)
     assert kinds(state) == kinds(transform.init(tree))
 
 
 @every_transform
-def test_it_is_traced_once(name):
-    transform, params, traces = build(name), parameters(jnp.bfloat16), []
+def test_it_takes_extra_arguments_of_all_kinds(name):
+    transform, params = build(name), plain_parameters()
+    assert isinstance(transform, optax.GradientTransformationExtraArgs)
+    state = transform.init(params)
+    _, after = jax.eval_shape(
+        part(transform.update, step=3, value=jnp.float32(1), other="thing"),
+        gradients(params),
+        state,
+        params,
+    )
+    assert kinds(after) == kinds(state)
 
-    @jax.jit
-    def update(*arguments):
-        traces.append(1)
-        return transform.update(*arguments)
 
-    run(transform, params, update=update)
-    assert len(traces) == 1
+@pytest.mark.parametrize(
+    "name", sorted(TRANSFORMS.keys() - {"clip by function", "injected ftrl"})
+)
+def test_it_does_without_params(name):
+    transform, params = build(name), plain_parameters()
+    state = transform.init(params)
+    updates, after = jax.eval_shape(transform.update, gradients(params), state)
+    assert kinds(after) == kinds(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 @every_transform
 def test_scan_does_what_a_loop_does(name):
-    transform, params = build(name), plain()
-    results, last = run(transform, params)
+    params, state = plain_parameters(), build(name).init(plain_parameters())
     stacked = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *(gradients(params, s) for s in range(4))
+        lambda *leaves: jnp.stack(leaves), *(gradients(params, s) for s in range(3))
     )
 
     def body(state, grads):
-        updates, state = transform.update(grads, state, params)
+        updates, state = build(name).update(grads, state, params)
         return state, updates
 
-    state, scanned = jax.lax.scan(body, transform.init(params), stacked)
-    close(state, last)
-    close(scanned, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))
+    last, scanned = jax.lax.scan(body, state, stacked)
+    for i in range(3):
+        updates, state = compiled(name)(gradients(params, i), state, params)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], scanned), updates)
+    assert_close(last, state)
 
 
 @every_transform
-def test_vmap_runs_several_at_once(name):
-    transform, params = build(name), parameters(jnp.bfloat16)
+def test_vmap_does_several_at_once(name):
+    params, state = plain_parameters(), build(name).init(plain_parameters())
     members = [
-        jax.tree.map(
-            lambda g, scale=scale: g * scale if is_arithmetic(g) else g,
-            gradients(params),
-        )
-        for scale in (jnp.float32(0.01), jnp.float32(1), jnp.float32(jnp.nan))
+        jax.tree.map(lambda leaf, by=by: by * leaf, gradients(params))
+        for by in (0.01, 1.0, np.nan)
     ]
-    axes = jax.tree.map(lambda g: 0 if is_arithmetic(g) else None, members[0])
-    batch = jax.tree.map(
-        lambda axis, *leaves: leaves[0] if axis is None else jnp.stack(leaves),
-        axes,
-        *members,
-        is_leaf=lambda leaf: leaf is None,
+    batch, states = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        for trees in (members, [state] * 3)
     )
-    state = transform.init(params)
-    many = jax.vmap(transform.update, in_axes=(axes, None, None))
-    updates, states = many(batch, state, params)
+    many = jax.jit(jax.vmap(build(name).update, in_axes=(0, 0, None)))
+    updates, states = many(batch, states, params)
     for i, grads in enumerate(members):
-        alone, alone_state = transform.update(grads, state, params)
-        close(
-            _arithmetic(jax.tree.map(lambda leaf, i=i: leaf[i], _arithmetic(updates))),
-            _arithmetic(alone),
-            1e-2 if name in OPTIMIZERS else 1e-5,
-        )
-        close(jax.tree.map(lambda leaf, i=i: leaf[i], states), alone_state)
+        alone = compiled(name)(grads, state, params)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], (updates, states)), alone)
+
+
+@every_transform
+def test_it_can_be_differentiated(name):
+    params = plain_parameters()
+    start, along = gradients(params, 0), gradients(params, 1)
+    state = build(name).init(params)
+    # A second update: the first of Adam is no function of the gradient's size.
+    _, state = compiled(name)(gradients(params, 2), state, params)
+
+    def total(update, grads):
+        updates, _ = update(grads, state, params)
+        return sum((leaf * (i + 1)).sum() for i, leaf in enumerate(arithmetic(updates)))
+
+    def moved(by):
+        there = jax.tree.map(lambda a, b: a + by * b, start, along)
+        return total(compiled(name), there)
+
+    slope = jax.jit(jax.grad(jax.checkpoint(part(total, build(name).update))))(start)
+    directional = sum(
+        jnp.vdot(a, b)
+        for a, b in zip(arithmetic(slope), arithmetic(along), strict=True)
+    )
+    expected = (moved(0.01) - moved(-0.01)) / 0.02
+    np.testing.assert_allclose(directional, expected, rtol=0.02, atol=2e-3)
+
+
+@every_transform
+def test_inject_hyperparams_may_hold_its_numbers(name):
+    made, params = TRANSFORMS[name], plain_parameters()
+    factory = optax.inject_hyperparams(made.func, static_args=STATIC.get(name, ()))
+    injected = factory(*made.args, **made.keywords)
+    state = injected.init(params)
+    updates, after = jax.jit(injected.update)(gradients(params), state, params)
+    assert kinds(after) == kinds(state)
+    alone, _ = compiled(name)(gradients(params), build(name).init(params), params)
+    assert_close(updates, alone)
+
+
+@every_transform
+def test_masked_and_multi_steps_may_wrap_it(name):
+    """Two half steps of a masked transform are one whole step of it."""
+    params = plain_parameters() | {"frozen": jnp.ones(3)}
+    mask = {"dense": True, "frozen": False}
+    wrapped = optax.MultiSteps(optax.masked(build(name), mask), 2)
+    update, state = jax.jit(wrapped.update), wrapped.init(params)
+    expected = kinds(state)
+    halves = [gradients(params, seed) for seed in range(2)]
+    first, state = update(halves[0], state, params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(first))
+    second, state = update(halves[1], state, params)
+    assert kinds(state) == expected
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    assert_close(second["frozen"], mean["frozen"])
+    dense = {"dense": params["dense"]}
+    alone, _ = compiled(name)({"dense": mean["dense"]}, build(name).init(dense), dense)
+    assert_close(second["dense"], alone["dense"])
+
+
+@every_transform
+def test_partition_and_chain_may_hold_it(name):
+    params = {"a": plain_parameters(), "b": plain_parameters()}
+    labels = {"a": "ours", "b": "theirs"}
+    parts = {"ours": optax.chain(build(name)), "theirs": optax.sgd(0.1)}
+    transform = optax.partition(parts, labels)
+    state = transform.init(params)
+    _, after = jax.eval_shape(transform.update, gradients(params), state, params)
+    assert kinds(after) == kinds(state)
+
+
+def by_pickle(state, folder):
+    del folder
+    return pickle.loads(pickle.dumps(state))
+
+
+def by_msgpack(state, folder):
+    del folder
+    return serialization.from_bytes(state, serialization.to_bytes(state))
+
+
+def by_equinox(state, folder):
+    eqx.tree_serialise_leaves(folder / "state.eqx", state)
+    return eqx.tree_deserialise_leaves(folder / "state.eqx", state)
+
+
+def by_orbax(state, folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state", state)
+
+
+def by_npz(state, folder):
+    leaves, structure = jax.tree.flatten(state)
+    np.savez(folder / "state.npz", *leaves)
+    with np.load(folder / "state.npz") as saved:
+        # NumPy has no name for bfloat16, and reads it as raw bytes.
+        read = [saved[f"arr_{i}"].view(leaf.dtype) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, read)
+
+
+@pytest.mark.parametrize(
+    "saved_by", [by_pickle, by_msgpack, by_equinox, by_orbax, by_npz]
+)
+def test_every_saver_can_keep_the_states(saved_by, tmp_path):
+    params = mixed_parameters()
+    states = {name: build(name).init(params) for name in TRANSFORMS}
+    read = saved_by(states, tmp_path)
+    assert jax.tree.structure(read) == jax.tree.structure(states)
+    assert bits(read) == bits(states)
+
+
+@every_transform
+def test_a_state_holds_plain_arrays_alone(name):
+    for leaf in jax.tree.leaves(build(name).init(mixed_parameters())):
+        assert isinstance(leaf, jax.Array)
+        assert not leaf.weak_type
+        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+@every_transform
+def test_it_may_be_sharded_over_explicit_axes(name):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec()}
+    with jax.set_mesh(mesh):
+        params = {
+            "dense": {
+                leaf: jax.device_put(values, NamedSharding(mesh, specs[leaf]))
+                for leaf, values in (
+                    ("kernel", jnp.ones((2, 4))),
+                    ("bias", jnp.ones(())),
+                )
+            }
+        }
+        transform = build(name)
+        state = jax.eval_shape(transform.init, params)
+        updates, after = jax.eval_shape(transform.update, params, state, params)
+        again, last = jax.eval_shape(transform.update, params, after, params)
+    placed = jax.tree.map(lambda leaf: leaf.sharding.spec, updates)
+    assert placed == {"dense": specs}
+    assert [leaf.sharding for leaf in jax.tree.leaves(last)] == [
+        leaf.sharding for leaf in jax.tree.leaves(after)
+    ]
+    assert kinds(again) == kinds(updates)
+
+
+def test_donating_a_state_leaves_what_the_caller_gave(name="noise"):
+    key, bound, rate = jax.random.key(3), jnp.float32(1), jnp.float32(0.1)
+    transform = optax.chain(
+        optloss.add_gradient_noise(0.1, key=key),
+        optloss.clip_by_global_norm(bound),
+        optloss.scale_by_learning_rate(rate),
+    )
+    params = plain_parameters()
+    update = jax.jit(transform.update, donate_argnums=1)
+    _, state = update(gradients(params), transform.init(params), params)
+    update(gradients(params), state, params)
+    assert not any(given.is_deleted() for given in (key, bound, rate))
+    assert jax.random.uniform(key) < 1

@@ -12,15 +12,17 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 # From the ground up; a package is one room. "" is the public API, `optloss` itself.
 HOUSE = (
     ("messages", "placement", "sampling", "trees"),
-    ("decays", "names", "norms", "optimizers"),
-    ("summaries",),
+    ("decays", "loss", "names", "norms", "optimizers"),
+    ("packed", "summaries"),
     ("transforms",),
     ("stages",),
     ("chain",),
+    ("describe",),
     ("train_op",),
     ("optimize",),
     ("", "integrations"),
-    ("__main__", "demo"),
+    ("demo",),
+    ("__main__",),
 )
 FLOORS = {room: height for height, rooms in enumerate(HOUSE) for room in rooms}
 STRANGERS = {"transforms"}  # one feature a file, none imports another

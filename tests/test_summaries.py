@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import optloss
 from optloss.summaries import (
     OPTIMIZER_SUMMARIES,
     Histogram,
@@ -43,7 +44,7 @@ def oracle(values, dtype=np.float32):
     places = np.searchsorted(limits, finite, side="right")
     places = np.minimum(places, len(limits) - 1)
     wide = finite.astype(np.float64)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         total, squares = wide.sum(), np.square(wide).sum()
     return Histogram(
         min=finite.min() if finite.size else np.finfo(dtype).max,
@@ -432,3 +433,141 @@ def test_under_vmap_there_is_one_value_a_run():
 @pytest.mark.parametrize("tree", [None, {}, jnp.ones(3), optax.adam(0.1).init(PARAMS)])
 def test_where_nothing_was_measured_there_is_nothing(tree):
     assert get_summaries(tree) == {}
+
+
+EVERYTHING = {
+    "learning_rate",
+    "global_norm/gradient_norm",
+    "global_norm/clipped_gradient_norm",
+    "clip_factor",
+    "clipped_share",
+    "global_norm/adaptive_max_gradient_norm",
+    "adaptive/mean",
+    "adaptive/sq_mean",
+    "noise_std",
+    "skipped/total",
+    "skipped/consecutive",
+}
+
+
+@pytest.mark.parametrize("pack_small_leaves", [0, 100])
+def test_every_tag_of_the_whole_chain_is_found(pack_small_leaves):
+    tx = optloss.make_optimizer(
+        0.1,
+        "adam",
+        gradient_noise_scale=0.5,
+        clip_gradients=optloss.adaptive_clipping(),
+        skip_nonfinite=True,
+        pack_small_leaves=pack_small_leaves,
+    )
+    found = numbers(get_summaries(jax.jit(updated, static_argnums=0)(tx)))
+    assert set(found) == EVERYTHING
+    assert (found["learning_rate"], found["noise_std"]) == (np.float32(0.1), 0.5)
+    wrapped = jax.eval_shape(optax.MultiSteps(tx, 2).init, PARAMS)
+    assert set(jax.eval_shape(get_summaries, wrapped)) == EVERYTHING
+
+
+class SpiedState(NamedTuple):
+    gradients: Any
+    rate: Any
+
+
+def spy(rate):
+    """Gradient descent that keeps what it was handed."""
+
+    def init(params):
+        return SpiedState(jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+
+    def update(updates, state, params=None):
+        descent = jax.tree.map(lambda g: -rate * g, updates)
+        return descent, SpiedState(updates, jnp.asarray(rate, jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+STEPS, EVERY, BOUND = 200, 7, 0.5
+CURVATURE = {"w": np.linspace(0.1, 2.0, 15).reshape(5, 3), "b": np.array([0.5, 3.0])}
+CURVATURE = jax.tree.map(np.float32, CURVATURE)
+
+
+def bowl(params):
+    energy = jax.tree.map(
+        lambda c, p: jnp.sum(c * jnp.square(p)) / 2, CURVATURE, params
+    )
+    return energy["w"] + energy["b"], params
+
+
+def train(run, rate):
+    op = optloss.optimize_loss(
+        bowl,
+        global_step=0,
+        learning_rate=0.1,
+        optimizer=spy,
+        clip_gradients=BOUND,
+        learning_rate_decay_fn=functools.partial(
+            optloss.exponential_decay, decay_steps=50, decay_rate=0.5
+        ),
+        summaries=OPTIMIZER_SUMMARIES,
+        histogram_every=EVERY,
+        donate=False,
+    )
+    start = jax.tree.map(lambda c: jnp.ones_like(c), CURVATURE)
+    state = optloss.set_learning_rate(op.init(start), rate)
+
+    def step(state, _):
+        state, output = op.update(state)
+        spied = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, SpiedState))
+        (kept,) = [node for node in spied if isinstance(node, SpiedState)]
+        found = (output.summaries, get_summaries(state), kept, output.aux)
+        return state, found
+
+    if run == "scan":
+        return jax.jit(lambda: jax.lax.scan(step, state, length=STEPS)[1])()
+    step, found = jax.jit(step), []
+    for _ in range(STEPS):
+        state, here = step(state, None)
+        found.append(here)
+    return jax.tree.map(lambda *rows: np.stack(rows), *found)
+
+
+def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in tree.values()))
+
+
+def assert_published(found, rate):
+    published, measured, spied, before = jax.device_get(found)
+    for i in range(STEPS):
+        here, state, kept, params = jax.tree.map(
+            lambda x, i=i: x[i], (published, measured, spied, before)
+        )
+        raw = {name: CURVATURE[name] * params[name] for name in params}
+        size = norm(raw)
+        expected = {
+            "loss": sum(np.sum(raw[name] * params[name] / 2) for name in params),
+            "learning_rate": rate * 0.5 ** (i / 50),
+            "global_norm/gradient_norm": size,
+            "global_norm/clipped_gradient_norm": min(size, BOUND),
+            "gradient_norm/w": norm({"w": kept.gradients["w"]}),
+            "gradient_norm/b": norm({"b": kept.gradients["b"]}),
+        }
+        for tag, value in expected.items():
+            np.testing.assert_allclose(here[f"OptimizeLoss/{tag}"], value, rtol=1e-6)
+        assert here["OptimizeLoss/learning_rate"] == kept.rate == state["learning_rate"]
+        np.testing.assert_allclose(
+            state["clip_factor"], min(1, BOUND / size), rtol=1e-6
+        )
+        for name, gradient in kept.gradients.items():
+            looked_at = oracle(gradient) if i % EVERY == 0 else empty_histogram()
+            assert_equal(here[f"OptimizeLoss/gradients/{name}"], looked_at)
+
+
+@pytest.mark.parametrize("run", ["jit", "scan"])
+def test_published_values_equal_numpys_over_200_updates(run):
+    assert_published(train(run, 0.1), 0.1)
+
+
+def test_published_values_equal_numpys_under_vmap_of_four_rates():
+    rates = np.float32([0.02, 0.05, 0.1, 0.3])
+    found = jax.vmap(functools.partial(train, "scan"))(rates)
+    for i, rate in enumerate(rates):
+        assert_published(jax.tree.map(lambda x, i=i: x[i], found), rate)

@@ -18,6 +18,7 @@ import optax
 from optloss.messages import check_bool, is_number, show
 from optloss.names import assign, leaf_names, select
 from optloss.norms import global_norm
+from optloss.packed import Packed, layout_of, pack, unpack
 from optloss.stages import (
     NOTHING,
     AxisName,
@@ -111,6 +112,8 @@ class Chain:
 
         Without a clip of ours the norms cost a reduction, which ``measure`` asks for.
         """
+        if self.pack_size and self.noise.packs and self.clip.packs:
+            gradients = pack(gradients, layout_of(gradients, self.pack_size))
         noisy, noise = self.noise.transform.update(
             gradients, state.noise, params, **extra
         )
@@ -144,6 +147,8 @@ class Chain:
         updates, after = self._optimizer().update(
             shaped.gradients, before, params, **extra
         )
+        if isinstance(updates, Packed):
+            updates = unpack(updates.tree, params, updates.layout)
         updates, _ = self.rate_multipliers.transform.update(updates, optax.EmptyState())
         state = shaped.state._replace(optimizer=keep_dtypes(after, before))
         return updates, state

@@ -1,17 +1,27 @@
-"""Where a new state lives: each moment beside its parameter, scalars on the whole mesh.
+"""Where a state lives: each moment beside its parameter, scalars on the whole mesh.
 
 A scalar left on one device beside sharded parameters would be moved to the mesh by the
 first step, whose output then differs in placement from its input, and the second call
-would compile the step again.
+would compile the step again. So would a leaf that a step returns in another sharding
+than it was given in: with Explicit axes types forbid that, with Auto axes XLA is free
+to do it unless told.
+
+Under Auto axes a sharding is invisible while tracing. All that can be said there is
+that one array is to be sharded like another.
 """
 
+import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.shard_alike import shard_alike
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Path = tuple[Any, ...]
+
+_groups = itertools.count()
 
 
 def place_beside(state: Any, params: Any) -> Any:
@@ -27,22 +37,35 @@ def place_beside(state: Any, params: Any) -> Any:
     def place(path: Path, leaf: Any) -> Any:
         parameter = _mirrored(path, leaf, mirrored)
         if isinstance(leaf, jax.core.Tracer):
-            return leaf if parameter is None else _alike(leaf, parameter)
-        if home is None or leaf.committed:
+            return _place_traced(leaf, parameter, home)
+        if home is None or not isinstance(leaf, jax.Array) or leaf.committed:
             return leaf
-        return jax.device_put(leaf, home if parameter is None else parameter.sharding)
+        beside = _is_committed(parameter)
+        return jax.device_put(
+            leaf, parameter.sharding if beside else _everywhere(home, leaf)
+        )
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def _home(leaves: Any) -> Any:
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            if isinstance(leaf.sharding, NamedSharding):
-                return NamedSharding(leaf.sharding.mesh, PartitionSpec())
-            if leaf.committed:
-                return leaf.sharding
+def _home(parameters: Any) -> Any:
+    """Return the sharding of the first parameter that says where it is."""
+    for leaf in parameters:
+        if isinstance(leaf, jax.core.Tracer):
+            sharding = jax.typeof(leaf).sharding
+            if AxisType.Explicit in sharding.mesh.axis_types:
+                return sharding
+        elif _is_committed(leaf):
+            return leaf.sharding
     return None
+
+
+def _everywhere(home: Any, leaf: Any) -> Any:
+    if not isinstance(home, NamedSharding):
+        return home
+    # A step returns the long form under Explicit axes, the short one under Auto axes.
+    explicit = AxisType.Explicit in home.mesh.axis_types
+    return NamedSharding(home.mesh, PartitionSpec(*[None] * leaf.ndim * explicit))
 
 
 def _mirrored(path: Path, leaf: Any, parameters: dict[Path, Any]) -> Any:
@@ -53,6 +76,50 @@ def _mirrored(path: Path, leaf: Any, parameters: dict[Path, Any]) -> Any:
     return None
 
 
-def _alike(leaf: Any, parameter: Any) -> Any:
-    # Under Auto axes a sharding is invisible while tracing, and zeros_like loses it.
-    return shard_alike(leaf, parameter)[0]
+def _place_traced(leaf: Any, parameter: Any, home: Any) -> Any:
+    if home is not None:
+        beside = parameter is not None
+        sharding = jax.typeof(parameter).sharding if beside else _everywhere(home, leaf)
+        return jax.sharding.reshard(leaf, sharding)
+    if parameter is None or not jnp.issubdtype(parameter.dtype, jnp.inexact):
+        return leaf
+    # zeros_like(parameter) loses the sharding; a value computed from it has it.
+    never = jnp.abs(parameter) < 0
+    return jnp.where(never, jnp.ones((), leaf.dtype), leaf)
+
+
+def shard_like(tree: Any, like: Any) -> Any:
+    """Return the traced ``tree`` with each leaf constrained to the sharding of ``like``'s.
+
+    Nothing is to be done in an eager call, where an array is where it is.
+    """
+
+    def constrain(leaf: Any, other: Any) -> Any:
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        # JAX lowers equal calls once, and pairs of one shape would become one group
+        # (jax 0.10): metadata of its own keeps each call apart.
+        with set_xla_metadata(shard_group=str(next(_groups))):
+            return shard_alike(leaf, other)[0]
+
+    return jax.tree.map(constrain, tree, like)
+
+
+def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:
+    """Return the shardings, one a leaf, in which a step has to return ``state``.
+
+    ``None`` where nothing has to be said: on one device, or with Explicit axes alone.
+    """
+    home = next((x.sharding for x in jax.tree.leaves(params) if _is_committed(x)), None)
+    if not isinstance(home, NamedSharding) or home.mesh.size == 1:
+        return None
+    if AxisType.Auto not in home.mesh.axis_types:
+        return None
+    return tuple(
+        leaf.sharding if _is_committed(leaf) else _everywhere(home, leaf)
+        for leaf in jax.tree.leaves(state)
+    )
+
+
+def _is_committed(leaf: Any) -> bool:
+    return bool(getattr(leaf, "committed", False))

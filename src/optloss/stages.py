@@ -36,11 +36,13 @@ class Stage(NamedTuple):
 
     text: str
     transform: optax.GradientTransformationExtraArgs
+    packs: bool = False  # whether it works on packed gradients, too
     argument: str = ""
     rules: Mapping[Pattern, Any] = types.MappingProxyType({})
 
 
-NOTHING = Stage("", optax.with_extra_args_support(optax.identity()))
+NOTHING = Stage("", optax.with_extra_args_support(optax.identity()), packs=True)
+PACKING = ("add_gradient_noise", "clip_by_global_norm", "adaptive_clipping")
 
 
 def is_transformation(value: Any) -> bool:
@@ -77,9 +79,15 @@ def noise_stage(call: str, scale: Any, seed: Any, axis_name: AxisName) -> Stage:
     if scale is None:
         return NOTHING
     if is_transformation(scale):
-        return Stage(name_of(scale), optax.with_extra_args_support(scale))
+        return _given_stage(scale)
     noise = add_gradient_noise(scale, key=seed, axis_name=axis_name)
-    return Stage(f"add_gradient_noise({show(scale)})", noise)
+    return Stage(f"add_gradient_noise({show(scale)})", noise, packs=True)
+
+
+def _given_stage(transform: Any) -> Stage:
+    ours = getattr(transform.update, "__module__", "").startswith("optloss.")
+    packs = ours and name_of(transform) in PACKING
+    return Stage(name_of(transform), optax.with_extra_args_support(transform), packs)
 
 
 def multiplier_stage(call: str, argument: str, multipliers: Any) -> Stage:
@@ -91,7 +99,13 @@ def multiplier_stage(call: str, argument: str, multipliers: Any) -> Stage:
         return NOTHING
     rules = f"{len(multipliers)} rule{'s' if len(multipliers) > 1 else ''}"
     text = f"{argument}({rules})"
-    return Stage(text, multiply_gradients(multipliers), argument, multipliers)
+    return Stage(
+        text,
+        multiply_gradients(multipliers),
+        packs=True,
+        argument=argument,
+        rules=multipliers,
+    )
 
 
 def clip_stage(call: str, clip: Any, axis_name: AxisName) -> Stage:
@@ -99,7 +113,7 @@ def clip_stage(call: str, clip: Any, axis_name: AxisName) -> Stage:
     if clip is None:
         return NOTHING
     if is_transformation(clip):
-        return Stage(name_of(clip), optax.with_extra_args_support(clip))
+        return _given_stage(clip)
     if _is_factory(clip):
         raise refusal(
             call,
@@ -118,7 +132,7 @@ def clip_stage(call: str, clip: Any, axis_name: AxisName) -> Stage:
         "adaptive_clipping(), or a function of (gradient, variable) pairs.",
     )
     transform = clip_by_global_norm(clip, axis_name=axis_name)
-    return Stage(f"clip_by_global_norm({show(clip)})", transform)
+    return Stage(f"clip_by_global_norm({show(clip)})", transform, packs=True)
 
 
 def _root(function: Any) -> Any:

@@ -104,9 +104,8 @@ def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
     """
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     dtype = jnp.dtype(norm_dtype(tree))
-    parts = [
-        _over_the_mesh(leaf, axes, dtype) for leaf in inexact_leaves(tree) if leaf.size
-    ]
+    leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
+    parts = [_over_the_mesh(leaf, axes, dtype) for leaf in leaves]
     return functools.reduce(_merge, parts) if parts else empty_histogram(tree)
 
 
@@ -188,13 +187,13 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
     return table.at[index].get(mode=IN_BOUNDS)
 
 
-def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
+def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: Any) -> Any:
     sharding = jax.typeof(leaf).sharding
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     if not explicit:
         return _of_a_leaf(leaf, axes, dtype)
-    spread: Callable[[jax.Array], Histogram] = jax.shard_map(
+    spread: Callable[[jax.Array], Any] = jax.shard_map(
         lambda leaf: _of_a_leaf(leaf, explicit, dtype),
         mesh=sharding.mesh,
         in_specs=sharding.spec,
@@ -204,13 +203,8 @@ def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
     return spread(leaf)
 
 
-def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
-    found: Histogram = _measure(leaf, axes, dtype)
-    return found
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _measure(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
+def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
     values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
     finite = jnp.isfinite(values)
     kept = jnp.where(finite, values, 0)
@@ -277,6 +271,7 @@ def get_summaries(tree: Any) -> dict[str, jax.Array]:
 
     Example:
         >>> import jax.numpy as jnp, optax
+        >>> from optloss import clip_by_global_norm
         >>> tx = optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3))
         >>> grads = {"w": jnp.array([3.0, 4.0])}
         >>> _, state = tx.update(grads, tx.init(grads))

@@ -22,6 +22,7 @@ from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.messages import show
 from optloss.names import leaf_names
 from optloss.norms import global_norm
+from optloss.packed import Packed, unpack
 from optloss.placement import place_beside
 from optloss.summaries import (
     CLIPPED_GRADIENT_NORM,
@@ -245,7 +246,9 @@ class TrainOp:
         if step is not None and self.increment_global_step:
             step = optax.safe_increment(step)
         params = thaw(moved, state.params, selected)
-        summaries = self._summarise(shaped, opt_state, outcome.loss, state.step)
+        summaries = self._summarise(
+            shaped, trained, opt_state, outcome.loss, state.step
+        )
         output = StepOutput(outcome.loss, outcome.aux, summaries)
         return TrainOpState(step, params, model_state, opt_state), output
 
@@ -281,7 +284,7 @@ class TrainOp:
         return any(entry in self.summaries for entry in entries)
 
     def _summarise(
-        self, shaped: Shaped, opt_state: Any, loss: jax.Array, step: jax.Array | None
+        self, shaped: Shaped, like: Any, opt_state: Any, loss: jax.Array, step: Any
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self._wants("loss"):
@@ -296,13 +299,17 @@ class TrainOp:
             if shaped.clipped_norm is not None:
                 found[CLIPPED_GRADIENT_NORM] = shaped.clipped_norm
         found = {tag: jnp.asarray(value, jnp.float32) for tag, value in found.items()}
-        found |= self._summarise_parameters(shaped.gradients, step)
+        found |= self._summarise_parameters(shaped.gradients, like, step)
         prefix = f"{self.name}/" if self.name else ""
         return {prefix + tag: value for tag, value in found.items()}
 
-    def _summarise_parameters(self, gradients: Any, step: Any) -> dict[str, Any]:
+    def _summarise_parameters(
+        self, gradients: Any, like: Any, step: Any
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         axes = self.chain.axis_name
+        if isinstance(gradients, Packed):
+            gradients = unpack(gradients.tree, like, gradients.layout)
         pairs = list(zip(leaf_names(gradients), inexact_leaves(gradients), strict=True))
         if self._wants("gradient_norm"):
             for name, leaf in pairs:

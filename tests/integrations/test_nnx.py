@@ -15,7 +15,7 @@ from optloss.integrations.nnx import optimize_loss
 class Net(nnx.Module):
     def __init__(self, seed=0):
         rngs = nnx.Rngs(seed)
-        self.layers = nnx.List([nnx.Linear(3, 8, rngs=rngs)])
+        self.layers = nnx.List([nnx.Linear(3, 8, use_bias=False, rngs=rngs)])
         self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
         self.head = nnx.Linear(8, 1, rngs=rngs)
@@ -109,7 +109,7 @@ def test_arguments_behind_the_optimizer_keep_their_order_and_names():
     np.testing.assert_array_equal(model.layers[0].kernel[...], kernel)
     assert optloss.get_summaries(op.state)["noise_std"] == 0.25
     assert optloss.get_summaries(op.state)["global_norm/clipped_gradient_norm"] <= 0.5
-    assert list(output.summaries) == ["run/loss", "run/learning_rate"]
+    assert set(output.summaries) == {"run/loss", "run/learning_rate"}
 
 
 def test_a_shared_variable_is_one_parameter():
@@ -249,14 +249,19 @@ def test_it_says_what_it_is():
     ],
 )
 def test_refusals(call, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         call()
+    assert str(caught.value) == message
 
 
 def test_the_state_of_another_run_is_refused():
     op = optimize_loss(Net(), loss, **BASE)
-    message = r"^op\.restore\(state=1\): it is not a state of this run, which has the "
-    with pytest.raises(ValueError, match=message + r"structure .*\. Restore into op\."):
+    message = (
+        r"^op\.restore\(state=1\): it is not a state of this run, whose structure "
+    )
+    with pytest.raises(
+        ValueError, match=message + r"is .*\. Restore into op\.state\.$"
+    ):
         op.restore(1)
 
 

@@ -25,9 +25,9 @@ except ImportError as error:
 class TrainState(train_state.TrainState):
     """Flax's ``TrainState`` with ``batch_stats``, whose optimizer may see the loss.
 
-    Everything else is Flax's: ``create``, ``replace``, ``apply_fn``, subclassing for more
-    fields. With :func:`optloss.make_optimizer` as its ``tx`` a linen loop has the whole
-    chain.
+    Everything else is Flax's: ``create``, ``replace``, ``apply_fn``, subclassing for
+    more fields. With :func:`optloss.make_optimizer` as its ``tx`` a linen loop has the
+    whole chain.
 
     Args:
         step: How many times gradients were applied; ``create`` starts it at 0.
@@ -51,8 +51,8 @@ class TrainState(train_state.TrainState):
         >>> for _ in range(100):
         ...     value, grads = jax.value_and_grad(loss)(state.params)
         ...     state = state.apply_gradients(grads=grads, extra={"value": value})
-        >>> print(state.step, f"{value:.4f}")
-        100 0.0000
+        >>> print(state.step, f"{value:.2f}")
+        100 0.00
 
     See also:
         :func:`optloss.get_summaries`, which reads what the chain measured from it.
@@ -74,10 +74,10 @@ class TrainState(train_state.TrainState):
             **fields: Fields to replace, such as ``batch_stats``.
 
         Returns:
-            A state with the new parameters and optimizer state, its ``step`` one higher.
+            A state with the new parameters and optimizer state, one ``step`` further.
 
         Raises:
-            ValueError: If ``extra`` is no mapping, or a field is not one of the state's.
+            ValueError: If ``extra`` is no mapping, or the state has no such field.
         """
         call = "TrainState.apply_gradients"
         if extra is not None and not isinstance(extra, Mapping):
@@ -97,4 +97,5 @@ class TrainState(train_state.TrainState):
         seeing = self.replace(tx=optax.GradientTransformation(tx.init, update))
         # The step of a jitted loop must keep its tx: it is part of the cache key.
         fields.setdefault("tx", self.tx)
-        return super(TrainState, seeing).apply_gradients(grads=grads, **fields)
+        state: Self = super(TrainState, seeing).apply_gradients(grads=grads, **fields)
+        return state

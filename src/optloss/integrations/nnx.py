@@ -2,8 +2,8 @@
 
 A model is taken apart once. The variables that ``wrt`` selects are the parameters;
 everything else it holds, statistics of BatchNorm, random streams, counters, is the
-``model_state`` that the loss carries from step to step. The compiled step works on these
-two trees of arrays, and what it returns is written back to the model's variables.
+``model_state`` that the loss carries from step to step. The compiled step works on
+these two trees of arrays, and what it returns is written back to the variables.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,9 @@ class ModelTrainOp:
 
     ``output = op(*args)`` makes a step and leaves the model trained by it. The model's
     variables are where the parameters are: what is written to them between two steps,
-    pretrained weights for instance, is what the next step starts from. Its structure and
-    its flags, such as those of ``model.train()``, are those it had when the op was made.
+    pretrained weights for instance, is what the next step starts from. Its structure
+    and its flags, such as those of ``model.train()``, are those it had when the op was
+    made.
 
     Attributes:
         train_op: The :class:`~optloss.TrainOp` underneath, for its ``tx``, and its pure
@@ -47,24 +48,21 @@ class ModelTrainOp:
         self._write()
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepOutput:
-        """Make one step: ``loss(model, *args, **kwargs)``, differentiated and applied."""
+        """Make one step with ``loss(model, *args, **kwargs)``."""
         self._state, output = self.train_op(self.state, *args, **kwargs)
         self._write()
         return output
 
     @property
     def state(self) -> TrainOpState:
-        """The whole run, for a checkpoint: dicts of arrays, step and optimizer state."""
-        held = jax.tree.leaves((self._state.params, self._state.model_state))
+        """The whole run, to save: step, dicts of arrays, optimizer state."""
+        held, structure = jax.tree.flatten(_trees(self._state))
         found = [_read(variable) for variable in self._variables]
-        if any(new is not old for new, old in zip(found, held, strict=True)):
+        pairs = list(zip(found, held, strict=True))
+        if any(new is not old for new, old in pairs):
             # Somebody wrote to the model. Copied, so that donation leaves theirs alone.
-            found = [
-                new if new is old else strong(new)
-                for new, old in zip(found, held, strict=True)
-            ]
-            structure = jax.tree.structure((self._state.params, self._state.model_state))
-            params, model_state = jax.tree.unflatten(structure, found)
+            kept = [new if new is old else strong(new) for new, old in pairs]
+            params, model_state = jax.tree.unflatten(structure, kept)
             self._state = self._state._replace(params=params, model_state=model_state)
             self._write()
         return self._state
@@ -73,16 +71,17 @@ class ModelTrainOp:
         """Go on from ``state``, and write its parameters to the model.
 
         Args:
-            state: What :attr:`state` was, or what a checkpoint made of it. It is copied.
+            state: What :attr:`state` was, or what a checkpoint made of it. It is
+                copied.
 
         Raises:
             ValueError: If it is not the state of such a run.
         """
-        expected = jax.tree.structure(self._state)
-        if jax.tree.structure(state) != expected:
+        expected: Any = jax.tree.structure(self._state)
+        if expected != jax.tree.structure(state):
             raise ValueError(
-                f"op.restore(state={show(state)}): it is not a state of this run, which "
-                f"has the structure {expected}. Restore into op.state."
+                f"op.restore(state={show(state)}): it is not a state of this run, "
+                f"whose structure is {expected}. Restore into op.state."
             )
         self._state = jax.tree.map(strong, state)
         self._write()
@@ -96,7 +95,7 @@ class ModelTrainOp:
         return f"{self._model}: {self.train_op!r}"
 
     def _write(self) -> None:
-        leaves = jax.tree.leaves((self._state.params, self._state.model_state))
+        leaves = jax.tree.leaves(_trees(self._state))
         for variable, leaf in zip(self._variables, leaves, strict=True):
             variable.set_value(leaf)
 
@@ -113,8 +112,8 @@ def optimize_loss(
 ) -> ModelTrainOp:
     """Make a complete, compiled training step of a loss of an nnx model.
 
-    As :func:`optloss.optimize_loss`, with a model for a first argument: the loss is given
-    the model, and the model is updated in place.
+    As :func:`optloss.optimize_loss`, with a model for a first argument: the loss is
+    given the model, and the model is updated in place.
 
     Args:
         model: An ``nnx.Module``. Variables it shares between two places are trained as
@@ -163,7 +162,32 @@ def optimize_loss(
     See also:
         :func:`optloss.make_optimizer`, for an ``nnx.Optimizer`` in a loop of your own.
     """
-    graphdef, params, rest = nnx.split(model, wrt, ...)
+    graphdef, params, rest = _split(model, wrt)
+    train_op = optimize_pure_loss(
+        _pure(loss, graphdef, wrt),
+        global_step,
+        learning_rate,
+        optimizer,
+        *options,
+        **keywords,
+    )
+    return ModelTrainOp(model, train_op, (_slots(params), _slots(rest)))
+
+
+def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
+    parts: Any = nnx.split(model, wrt, ...)
+    graphdef, params, rest = parts
+    return graphdef, params, rest
+
+
+def _trees(state: TrainOpState) -> tuple[Any, Any]:
+    return state.params, state.model_state
+
+
+def _pure(loss: Any, graphdef: Any, wrt: Any) -> Any:
+    """Return ``loss`` as a function of trees of arrays."""
+    if not callable(loss):
+        return loss
 
     def pure_loss(params: Any, model_state: Any, *args: Any, **kwargs: Any) -> Any:
         model = nnx.merge(graphdef, params, model_state)
@@ -175,18 +199,10 @@ def optimize_loss(
                 "model it returns loss or (loss, aux); what it changes in the model is "
                 "kept."
             )
-        changed = nnx.to_pure_dict(nnx.split(model, wrt, ...)[2])
+        changed = nnx.to_pure_dict(_split(model, wrt)[2])
         return parts[0], changed, *parts[1:]
 
-    train_op = optimize_pure_loss(
-        pure_loss if callable(loss) else loss,
-        global_step,
-        learning_rate,
-        optimizer,
-        *options,
-        **keywords,
-    )
-    return ModelTrainOp(model, train_op, (_slots(params), _slots(rest)))
+    return pure_loss
 
 
 def _slots(state: Any) -> Any:

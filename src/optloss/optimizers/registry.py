@@ -2,8 +2,7 @@
 
 The six capitalised names are TensorFlow's, with TensorFlow's numerics. A lower-case
 name is optax's own function of that name. Either may carry keywords, written as Python
-writes
-them: ``"adamw(weight_decay=0.1)"``. Such a text is parsed, never run.
+writes them: ``"adamw(weight_decay=0.1)"``. Such a text is parsed, never run.
 """
 
 import ast
@@ -118,11 +117,11 @@ def register_optimizer(name: str, factory: Factory) -> None:
 
     Example:
         >>> import optax
-        >>> register_optimizer("heavy_ball", lambda rate: optax.sgd(rate, momentum=0.99))
+        >>> register_optimizer("heavy_ball", lambda rate: optax.sgd(rate, 0.99))
         >>> list_optimizers("heavy*")
         ['heavy_ball']
     """
-    if not isinstance(name, str) or not name.isidentifier():
+    if not _is_identifier(name):
         raise refusal("register_optimizer", "name", name, "must be an identifier.")
     if name in _registered:
         raise refusal(
@@ -139,6 +138,10 @@ def register_optimizer(name: str, factory: Factory) -> None:
             "must be a function of the learning rate that returns a transformation.",
         )
     _registered[name] = factory
+
+
+def _is_identifier(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier()
 
 
 def get_factory(call: str, text: str) -> Factory:
@@ -158,7 +161,7 @@ def get_factory(call: str, text: str) -> Factory:
 
 
 def title(text: str) -> str:
-    """Return whose optimizer ``text`` names: ``Adam (TensorFlow)`` or ``optax.adam``."""
+    """Return ``text`` with whose it is: ``Adam (TensorFlow)`` or ``optax.adam``."""
     name = text.split("(")[0].strip()
     if name in OPTIMIZER_CLS_NAMES:
         return f"{text} (TensorFlow)"

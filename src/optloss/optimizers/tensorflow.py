@@ -163,8 +163,8 @@ def adam(
 
     def rule(g: jax.Array, m: jax.Array, v: jax.Array, step: jax.Array) -> Rows:
         rate, b1, b2 = (scalar(g, number) for number in (learning_rate, beta1, beta2))
-        m = m + (1 - b1) * (g - m)
-        v = v + (1 - b2) * (square(g) - v)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * square(g)
         rate *= jnp.sqrt(_one_minus_power(b2, step)) / _one_minus_power(b1, step)
         return -rate * m / (jnp.sqrt(v) + scalar(g, epsilon)), m, v
 
@@ -342,8 +342,8 @@ def rmsprop(
         ValueError: If a Python number is out of range.
 
     Note:
-        ``optax.rmsprop`` starts with :math:`s = 0`, so that its first steps are about
-        three times the rate however small the gradient is; with ``eps=1e-10,
+        ``optax.rmsprop`` starts with :math:`s = 0`, so that its first step is three
+        times the rate even where the gradient is 0.01; with ``eps=1e-10,
         initial_scale=1.0`` it is this one. Centered, the variance of a gradient that
         does not change may be rounded to below 0, which gives NaN in TensorFlow, and
         counts as 0 here.
@@ -372,11 +372,11 @@ def rmsprop(
         return RMSPropState(slots(params, 1, real=True), mean_gradient, d)
 
     def rule(g: jax.Array, s: jax.Array, mean: jax.Array, d: jax.Array) -> Rows:
-        new = 1 - scalar(g, decay)
-        s = s + new * (square(g) - s)
+        old = scalar(g, decay)
+        s = old * s + (1 - old) * square(g)
         variance = s
         if centered:
-            mean = mean + new * (g - mean)
+            mean = old * mean + (1 - old) * g
             variance = jnp.maximum(s - square(mean), 0)
         step = scalar(g, learning_rate) * g / jnp.sqrt(variance + scalar(g, epsilon))
         if carried:

@@ -10,6 +10,7 @@ import optax
 
 from optloss.messages import check_number, is_number, refusal
 from optloss.names import Pattern, assign, is_pattern, leaf_names
+from optloss.packed import Packed, PackedTree, Slot, column, map_rows
 from optloss.trees import is_inexact, scale_leaves
 
 Multipliers = Mapping[Pattern, float | jax.Array]
@@ -62,6 +63,18 @@ def multiply_gradients(
     def resolve(names: tuple[str, ...]) -> list[int | None]:
         return assign("multiply_gradients", patterns, names, check=False)
 
+    def multiply_rows(rows: jax.Array, slots: tuple[Slot, ...]) -> jax.Array:
+        rules = column(
+            slots,
+            [
+                -1 if i is None else i
+                for i in resolve(tuple(slot.name for slot in slots))
+            ],
+        )
+        for rule, value in enumerate(values):
+            rows = jnp.where(rules == rule, _multiply(rows, value), rows)
+        return rows
+
     def init(params: optax.Params) -> optax.EmptyState:
         assign("multiply_gradients", patterns, leaf_names(params))
         return optax.EmptyState()
@@ -73,6 +86,10 @@ def multiply_gradients(
         **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params, extra
+        if isinstance(updates, Packed):
+            vectors = map_rows(multiply_rows, updates)
+            large, _ = update(updates.tree.large, state)
+            return Packed(PackedTree(vectors, large), updates.layout), state
         leaves, structure = jax.tree.flatten(updates)
         rules = resolve(tuple(leaf_names(updates)))
         scaled = [
