@@ -3,7 +3,7 @@
 A small perceptron is trained twice for 30 updates, by the factory behind the TensorFlow
 name and by optax's function. What is printed is the largest difference of a parameter
 after any update, relative to the largest parameter of its leaf: once for ordinary
-gradients, once for a loss so small that they are about 1e-6. From the repository's root:
+gradients, once for a loss so small that they are about 1e-6. Run it from the root:
 
     python benchmarks/optimizer_deviation.py
 """

@@ -163,6 +163,12 @@ def test_counts_and_extremes_equal_numpys_whatever_the_values(values):
     np.testing.assert_allclose(found.max, expected.max, rtol=0, atol=1.2e-38)
 
 
+def test_a_float64_array_of_numpys_is_float32_like_everywhere_in_jax():
+    values = np.linspace(-1, 1, 7)
+    assert_equal(histogram({"w": values}), oracle(values))
+    assert empty_histogram(values).sum.dtype == np.float32
+
+
 def test_what_is_not_finite_is_counted_and_left_out():
     values = jnp.array([1.0, jnp.nan, -jnp.inf, 3.0, jnp.inf, -jnp.nan])
     found = histogram(values)
@@ -430,7 +436,16 @@ def test_under_vmap_there_is_one_value_a_run():
     np.testing.assert_allclose(get_summaries(states(scales))["norm"], 5 * scales)
 
 
-@pytest.mark.parametrize("tree", [None, {}, jnp.ones(3), optax.adam(0.1).init(PARAMS)])
+class Stranger:
+    """No state, but it has such a method."""
+
+    def measurements(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "tree", [None, {}, jnp.ones(3), optax.adam(0.1).init(PARAMS), [Stranger()]]
+)
 def test_where_nothing_was_measured_there_is_nothing(tree):
     assert get_summaries(tree) == {}
 

@@ -255,8 +255,8 @@ def cosine_decay_restarts(
         step 220 for ``first_decay_steps=100, t_mul=1.2``, it comes out one too low, and
         the rate is 0 for a step. Here the starts of the cycles are tabulated in double
         precision. A ``first_decay_steps`` or ``t_mul`` that is traced, or a ``t_mul``
-        below 1 or within 0.1 % above it, leaves them to the rate's dtype: in float32 a
-        restart is then sure to be on its step up to about step 200,000.
+        below 1 or less than 0.5 % above it, leaves them to the rate's dtype: in float32
+        a restart may then be early by a millionth of its step.
 
     Example:
         >>> print(cosine_decay_restarts(0.5, 220, first_decay_steps=100, t_mul=1.2))

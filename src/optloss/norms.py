@@ -79,6 +79,8 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
         return jnp.where(repeat, better, scale).astype(dtype), total, repeat
 
     first = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.array(True))
+    unsummed = _varying_axes_of(leaves) - set(axes)
+    first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
     scale, total, _ = jax.lax.while_loop(again, measure, first)
     return jnp.sqrt(total) / scale
 
@@ -121,7 +123,7 @@ def _sum(parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any) -> jax.A
         return _sum_here(parts, fn, scale, axes, dtype)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
     spread = jax.shard_map(
-        lambda parts, scale: _sum_here(parts, fn, scale, explicit, dtype),
+        lambda parts, scale: _sum_here(parts, fn, scale, (*axes, *explicit), dtype),
         mesh=mesh,
         in_specs=(specs, jax.sharding.PartitionSpec()),
         out_specs=jax.sharding.PartitionSpec(),
@@ -131,16 +133,15 @@ def _sum(parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any) -> jax.A
 
 
 def _explicit_axes(parts: list[Any]) -> tuple[Any, Axes]:
+    """Return the Explicit axes that a leaf is sharded over, and their mesh."""
+    found: dict[str, Any] = {}
     for leaf in jax.tree.leaves(parts):
-        mesh = jax.typeof(leaf).sharding.mesh
-        explicit = [
-            name
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind == AxisType.Explicit
-        ]
-        if explicit:
-            return mesh, tuple(explicit)
-    return None, ()
+        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+        for axis in jax.tree.leaves(tuple(spec)):
+            kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+            if kinds[axis] == AxisType.Explicit:
+                found[axis] = mesh
+    return next(iter(found.values()), None), tuple(found)
 
 
 def _sum_here(
@@ -166,8 +167,12 @@ def varying_axes(tree: Any, axes: Axes) -> Axes:
         return ()
     if not all(axis in _varying(jax.lax.axis_index(axis)) for axis in axes):
         return axes
-    own = set().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+    own = _varying_axes_of(tree)
     return tuple(axis for axis in axes if axis in own)
+
+
+def _varying_axes_of(tree: Any) -> set[str]:
+    return set().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def _varying(leaf: Any) -> frozenset[str]:

@@ -38,14 +38,18 @@ def place_beside(state: Any, params: Any) -> Any:
         parameter = _mirrored(path, leaf, mirrored)
         if isinstance(leaf, jax.core.Tracer):
             return _place_traced(leaf, parameter, home)
-        if home is None or not isinstance(leaf, jax.Array) or leaf.committed:
+        if home is None or not isinstance(leaf, jax.Array):
             return leaf
         beside = _is_committed(parameter)
-        return jax.device_put(
-            leaf, parameter.sharding if beside else _everywhere(home, leaf)
-        )
+        return _put(leaf, parameter.sharding if beside else _everywhere(home, leaf))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _put(leaf: Any, sharding: Any) -> Any:
+    # The same placement may be written in two ways, which jit takes for different.
+    same = leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    return jax.device_put(leaf, sharding) if same or not leaf.committed else leaf
 
 
 def _home(parameters: Any) -> Any:
@@ -81,7 +85,7 @@ def _place_traced(leaf: Any, parameter: Any, home: Any) -> Any:
         beside = parameter is not None
         sharding = jax.typeof(parameter).sharding if beside else _everywhere(home, leaf)
         return jax.sharding.reshard(leaf, sharding)
-    if parameter is None or not jnp.issubdtype(parameter.dtype, jnp.inexact):
+    if parameter is None or parameter is leaf:
         return leaf
     # zeros_like(parameter) loses the sharding; a value computed from it has it.
     never = jnp.abs(parameter) < 0

@@ -103,7 +103,7 @@ def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
         :class:`~optloss.integrations.tensorboard.SummaryWriter`, which shows it.
     """
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    dtype = jnp.dtype(norm_dtype(tree))
+    dtype = _dtype_of(tree)
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     parts = [_over_the_mesh(leaf, axes, dtype) for leaf in leaves]
     return functools.reduce(_merge, parts) if parts else empty_histogram(tree)
@@ -116,7 +116,7 @@ def empty_histogram(tree: Any = None) -> Histogram:
     >>> print(empty.num, empty.bucket_counts.sum(), empty.bucket_counts.shape)
     0 0 (1551,)
     """
-    dtype = norm_dtype(tree)
+    dtype = _dtype_of(tree)
     largest = float(jnp.finfo(dtype).max)
     nothing, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
     limits = jnp.asarray(bucket_limits(dtype))
@@ -130,6 +130,11 @@ def empty_histogram(tree: Any = None) -> Histogram:
         bucket_limits=limits,
         bucket_counts=jnp.zeros(limits.shape, jnp.int32),
     )
+
+
+def _dtype_of(tree: Any) -> np.dtype[Any]:
+    # NumPy's float64 arrives as float32 where JAX has no float64.
+    return np.dtype(jax.dtypes.canonicalize_dtype(norm_dtype(tree)))
 
 
 @functools.cache
@@ -187,7 +192,7 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
     return table.at[index].get(mode=IN_BOUNDS)
 
 
-def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: Any) -> Any:
+def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> Any:
     sharding = jax.typeof(leaf).sharding
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -204,7 +209,7 @@ def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
+def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> Histogram:
     values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
     finite = jnp.isfinite(values)
     kept = jnp.where(finite, values, 0)
@@ -212,9 +217,8 @@ def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: Any) -> Histogram:
     # One bucket more, for what is not finite: the counts then tell how many are.
     buckets = len(start.bucket_counts)
     counts = jnp.zeros(buckets + 1, jnp.int32)
-    counts = counts.at[jnp.where(finite, _bucket(values), buckets)].add(
-        1, mode=IN_BOUNDS
-    )
+    places = jnp.where(finite, _bucket(values), buckets)
+    counts = counts.at[places].add(1, mode=IN_BOUNDS)
     here = start._replace(
         min=jnp.min(jnp.where(finite, values, start.min)),
         max=jnp.max(jnp.where(finite, values, start.max)),
@@ -297,7 +301,7 @@ def get_summaries(tree: Any) -> dict[str, jax.Array]:
 
 
 def _measures(node: Any) -> bool:
-    return hasattr(node, "measurements")
+    return isinstance(node, tuple) and hasattr(node, "measurements")
 
 
 def _measuring(tree: Any) -> Iterator[Any]:

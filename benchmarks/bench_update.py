@@ -1,0 +1,358 @@
+"""How long an update takes: optloss against an optax chain, PyTorch, and a plain copy.
+
+    python benchmarks/bench_update.py                     every cell, some minutes
+    python benchmarks/bench_update.py --cells noise/1e7/16 clip/1e6/400
+
+Two things at a time in the order ABBA, donated buffers, fresh random gradients, ratios of
+medians, and optloss against itself as the control. Cells with 400 leaves pack them. Prints
+a table, and writes it and the raw figures to ``benchmarks/results/``.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from timing import abba
+from tqdm import tqdm
+
+import optloss
+
+RESULTS = Path(__file__).parent / "results"
+FEATURES = ("adam", "clip", "noise", "everything")
+POOL = 3  # gradients that take turns, so that no two updates in a row see the same
+ROUNDS = 12
+PACK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    feature: str
+    parameters: int
+    leaves: int
+
+    @property
+    def name(self) -> str:
+        """Return for example ``noise/1e7/16``."""
+        exponent = len(str(self.parameters)) - 1
+        return f"{self.feature}/1e{exponent}/{self.leaves}"
+
+    def tree(self, seed: int) -> dict[str, np.ndarray]:
+        """Return random leaves ``[parameters / leaves]``."""
+        random = np.random.default_rng(seed)
+        size = self.parameters // self.leaves
+        return {
+            f"layer_{i}": random.standard_normal(size, np.float32)
+            for i in range(self.leaves)
+        }
+
+
+def optloss_step(cell: Cell, pack: int) -> tuple[Callable, Any]:
+    """Return the step (params, state, gradients) -> (params, state, seen) and its state."""
+    features: dict[str, Any] = {}
+    if cell.feature != "adam":
+        features["clip_gradients"] = 1.0
+    if cell.feature in ("noise", "everything"):
+        features["gradient_noise_scale"] = 0.01
+    if cell.feature != "everything":
+        tx = optloss.make_optimizer(1e-3, "adam", pack_small_leaves=pack, **features)
+        return plain_step(tx), tx.init
+    train_op = optloss.optimize_loss(
+        linear,
+        global_step=0,
+        learning_rate=1e-3,
+        optimizer="adam",
+        gradient_multipliers={"layer_0": 0.1, "layer_1": 2.0},
+        learning_rate_decay_fn=lambda rate, step: optloss.exponential_decay(
+            rate, step, 1000, 0.9
+        ),
+        summaries=["loss", "learning_rate", "global_gradient_norm"],
+        skip_nonfinite=True,
+        pack_small_leaves=pack,
+        **features,
+    )
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        full = optloss.TrainOpState(state[0], params, None, state[1])
+        full, output = train_op.update(full, gradients)
+        return full.params, (full.step, full.opt_state), output.summaries
+
+    def init(params: Any) -> Any:
+        state = train_op.init(params)
+        return state.step, state.opt_state
+
+    return step, init
+
+
+def optax_step(cell: Cell) -> tuple[Callable, Any]:
+    """Return the same step as an expert writes it with optax."""
+    clip, adam = optax.clip_by_global_norm(1.0), optax.adam(1e-3)
+    noise = optax.add_noise(1e-4, 0.0, 0)
+    if cell.feature == "adam":
+        return plain_step(adam), adam.init
+    if cell.feature == "clip":
+        tx = optax.chain(clip, adam)
+        return plain_step(tx), tx.init
+    if cell.feature == "noise":
+        tx = optax.chain(noise, clip, adam)
+        return plain_step(tx), tx.init
+
+    def multiply(updates: Any, params: Any = None) -> Any:
+        del params
+        return {
+            **updates,
+            "layer_0": updates["layer_0"] * 0.1,
+            "layer_1": updates["layer_1"] * 2.0,
+        }
+
+    schedule = optax.exponential_decay(1e-3, 1000, 0.9)
+    first = optax.chain(noise, optax.stateless(multiply))
+    guarded = optax.apply_if_finite(optax.adam(schedule), 10**6)
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        loss, gradients = jax.value_and_grad(linear)(params, gradients)
+        noisy, before = first.update(gradients, state[0], params)
+        clipped, _ = clip.update(noisy, optax.EmptyState())
+        updates, after = guarded.update(clipped, state[1], params)
+        seen = {
+            "loss": loss,
+            "learning_rate": schedule(after.inner_state[0].count),
+            "norm": optax.global_norm(noisy),
+            "clipped": optax.global_norm(clipped),
+        }
+        return optax.apply_updates(params, updates), (before, after), seen
+
+    return step, lambda params: (first.init(params), guarded.init(params))
+
+
+def linear(params: Any, gradients: Any) -> jax.Array:
+    """Return a loss whose gradient is ``gradients``."""
+    products = jax.tree.map(jnp.vdot, params, gradients)
+    return jax.tree.reduce(jnp.add, products)
+
+
+def plain_step(tx: optax.GradientTransformation) -> Callable:
+    """Return the step of a transform: update and apply."""
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, {}
+
+    return step
+
+
+class Compiled:
+    """A compiled step that carries its state, and what compiling it told."""
+
+    def __init__(self, step: Callable, init: Callable, cell: Cell, pool: list) -> None:
+        self.params = jax.device_put(cell.tree(0))
+        self.state = jax.jit(init)(self.params)
+        self.pool, self.turn = pool, 0
+        start = time.perf_counter()
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        self.run = jitted.lower(self.params, self.state, pool[0]).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporary_bytes = self.run.memory_analysis().temp_size_in_bytes
+
+    def __call__(self) -> None:
+        """Make one update."""
+        self.turn = (self.turn + 1) % POOL
+        gradients = self.pool[self.turn]
+        self.params, self.state, seen = self.run(self.params, self.state, gradients)
+        jax.block_until_ready((self.params, seen))
+
+
+def torch_step(cell: Cell) -> Callable[[], None] | None:
+    """Return PyTorch's fused update, or None without PyTorch or a counterpart."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if cell.feature == "everything" or jax.default_backend() != "cpu":
+        return None
+    params = [torch.nn.Parameter(torch.tensor(v)) for v in cell.tree(0).values()]
+    pool = [
+        [torch.tensor(v) for v in cell.tree(seed).values()] for seed in range(1, POOL + 1)
+    ]
+    optimizer = torch.optim.Adam(params, lr=1e-3, fused=True)
+    turn = 0
+
+    def step() -> None:
+        nonlocal turn
+        turn = (turn + 1) % POOL
+        for parameter, gradient in zip(params, pool[turn], strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            if cell.feature == "noise":
+                for parameter in params:
+                    noise = torch.randn_like(parameter.grad)
+                    parameter.grad = parameter.grad.add(noise, alpha=0.01)
+            if cell.feature != "adam":
+                torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        optimizer.step()
+
+    return step
+
+
+def copy_step(cell: Cell) -> Callable[[], None]:
+    """Return a copy, by all cores, of the bytes that Adam behind a clip must move."""
+    if jax.default_backend() != "cpu":
+        source = jnp.zeros(4 * cell.parameters)
+        copy = jax.jit(lambda x, by: x + by)
+        by = jnp.float32(1)
+        return lambda: jax.block_until_ready(copy(source, by))
+    # Read: gradient twice, parameter, two moments. Written: the last three. A copy of four
+    # arrays reads four and writes four.
+    cores = 2
+    source = np.ones((cores, 4 * cell.parameters // cores), np.float32)
+    target = np.empty_like(source)
+    pool = ThreadPoolExecutor(cores)
+
+    def step() -> None:
+        list(pool.map(np.copyto, target, source))
+
+    return step
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Return the row of a cell."""
+    pack = PACK if cell.leaves > 100 else 0
+    pool = [jax.device_put(cell.tree(seed)) for seed in range(1, POOL + 1)]
+    ours = Compiled(*optloss_step(cell, pack), cell, pool)
+    again = Compiled(*optloss_step(cell, pack), cell, pool)
+    theirs = Compiled(*optax_step(cell), cell, pool)
+    a, control = abba(ours, again, ROUNDS)
+    ours_ms, theirs_ms = abba(ours, theirs, ROUNDS)
+    row = {
+        "cell": cell.name,
+        "ms": ours_ms * 1e3,
+        "optax_ms": theirs_ms * 1e3,
+        "to_optax": ours_ms / theirs_ms,
+        "control": a / control,
+        "compile_s": ours.compile_seconds,
+        "compile_to_optax": ours.compile_seconds / theirs.compile_seconds,
+        "temporary_bytes": ours.temporary_bytes,
+        "optax_temporary_bytes": theirs.temporary_bytes,
+    }
+    del again, theirs
+    torch = torch_step(cell)
+    if torch is not None:
+        ours_ms, torch_ms = abba(ours, torch, ROUNDS)
+        row |= {"torch_ms": torch_ms * 1e3, "to_torch": ours_ms / torch_ms}
+    del torch
+    ours_ms, copy_ms = abba(ours, copy_step(cell), ROUNDS)
+    return row | {"copy_ms": copy_ms * 1e3, "to_copy": ours_ms / copy_ms}
+
+
+def host_time(rounds: int = 200) -> dict[str, float]:
+    """Return the host's time per call of a train_op to that of a bare jitted function.
+
+    400 tiny leaves, so that the device has next to nothing to do.
+    """
+    params = {f"layer_{i}": np.ones(2, np.float32) for i in range(400)}
+
+    def bare() -> Callable[[], None]:
+        moved = jax.jit(
+            lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0
+        )
+        tree = jax.device_put({name: params for name in ("params", "mu", "nu")})
+        tree = jax.tree.map(jnp.copy, tree)
+
+        def step() -> None:
+            nonlocal tree
+            tree = moved(tree)
+            jax.block_until_ready(tree)
+
+        return step
+
+    def op(pack: int) -> Callable[[], None]:
+        train_op = optloss.optimize_loss(
+            lambda tree: sum(jnp.sum(leaf) for leaf in tree.values()),
+            global_step=0,
+            learning_rate=1e-3,
+            optimizer="adam",
+            pack_small_leaves=pack,
+        )
+        state = train_op.init(params)
+
+        def step() -> None:
+            nonlocal state
+            state, _ = train_op(state)
+            jax.block_until_ready(state)
+
+        return step
+
+    found = {}
+    for name, pack in (("plain", 0), ("packed", PACK)):
+        ours, other = abba(op(pack), bare(), rounds)
+        found[name] = ours / other
+        found[f"{name}_ms"], found[f"{name}_bare_ms"] = ours * 1e3, other * 1e3
+    return found
+
+
+COLUMNS = {
+    "cell": ("cell", "{}"),
+    "ms": ("ms", "{:.2f}"),
+    "to_optax": ("to optax", "{:.2f}"),
+    "to_torch": ("to PyTorch", "{:.2f}"),
+    "to_copy": ("to a copy", "{:.2f}"),
+    "control": ("to itself", "{:.2f}"),
+    "compile_s": ("compile s", "{:.1f}"),
+    "compile_to_optax": ("to optax", "{:.2f}"),
+    "temporary_bytes": ("temporary bytes", "{:,}"),
+    "optax_temporary_bytes": ("optax's", "{:,}"),
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for row in rows:
+        texts = [
+            form.format(row[key]) if key in row else ""
+            for key, (_, form) in COLUMNS.items()
+        ]
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    cells = [
+        Cell(feature, parameters, leaves)
+        for parameters in (10**6, 10**7)
+        for leaves in (16, 400)
+        for feature in FEATURES
+    ]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", nargs="*", default=[cell.name for cell in cells])
+    parser.add_argument("--output", default=jax.default_backend())
+    args = parser.parse_args()
+    chosen = [cell for cell in cells if cell.name in args.cells]
+    rows = [measure(cell) for cell in tqdm(chosen, unit="cell")]
+    host = host_time()
+    device = jax.devices()[0].device_kind
+    about = {"device": device, "machine": platform.machine(), "jax": jax.__version__}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"update-{args.output}.json"
+    path.write_text(json.dumps({"about": about, "rows": rows, "host": host}, indent=1))
+    print(table(rows))
+    print(f"\nhost time per call, to a bare jitted function: {host}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+import equinox as eqx
+import jax
+import optax
+from sklearn import datasets
+
+images, labels = datasets.load_digits(return_X_y=True)
+model = eqx.nn.MLP(64, 10, width_size=64, depth=1, key=jax.random.key(0))
+optim = optax.adam(1e-2)
+opt_state = optim.init(eqx.filter(model, eqx.is_inexact_array))
+
+
+def loss_fn(model, images, labels):
+    logits = jax.vmap(model)(images / 16)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@eqx.filter_jit
+def train_step(model, opt_state, images, labels):
+    loss, grads = eqx.filter_value_and_grad(loss_fn)(model, images, labels)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, opt_state = optim.update(grads, opt_state, params)
+    return eqx.apply_updates(model, updates), opt_state, loss
+
+
+for _ in range(50):
+    model, opt_state, loss = train_step(model, opt_state, images, labels)
+print(f"loss {loss:.3f}")
