@@ -2,10 +2,10 @@
 What clipping does to a gradient
 ================================
 
-Three ways to bound a gradient of two elements. By the global norm, every gradient keeps
-its direction and is drawn back to the circle. Element by element, gradients are drawn to
-a square, and most of them turn. A function of your own may do anything: this one clips
-each parameter by its own norm, which with two scalar parameters is the square again.
+Three ways to bound a gradient, drawn for 60 gradients of two elements. By the global
+norm every gradient keeps its direction: one that is too long is drawn back to the
+circle. Element by element it is drawn to a square, and most turn. A function of your
+own may do anything: this one bends every length towards the circle without a corner.
 """
 
 import jax
@@ -16,55 +16,49 @@ import optax
 
 import optloss
 
-key = jax.random.key(1)
-gradients = 1.6 * jax.random.normal(key, (40, 2)) * jnp.array([1.0, 0.6])
+gradients = 1.5 * jax.random.normal(jax.random.key(3), (60, 2))
 
 
-def clip_each(pairs):
-    return [(g / jnp.maximum(1.0, jnp.linalg.norm(g)), v) for g, v in pairs]
+def soft_clip(pairs):
+    norm = optloss.global_norm([gradient for gradient, _ in pairs])
+    factor = jnp.tanh(norm) / norm
+    return [(gradient * factor, variable) for gradient, variable in pairs]
 
 
 CLIPS = {
     "optloss.clip_by_global_norm(1.0)": optloss.clip_by_global_norm(1.0),
     "optax.clip(1.0)": optax.clip(1.0),
-    "optloss.clip_by_function(clip_each)": optloss.clip_by_function(clip_each),
+    "optloss.clip_by_function(soft_clip)": optloss.clip_by_function(soft_clip),
 }
 
 
-def clipped(clip, gradient):
+@jax.vmap
+def clip_all(gradient):
     tree = {"x": gradient[0], "y": gradient[1]}
-    result, _ = clip.update(tree, clip.init(tree), tree)
-    return jnp.stack([result["x"], result["y"]])
+    results = [clip.update(tree, clip.init(tree), tree)[0] for clip in CLIPS.values()]
+    return jnp.array([[result["x"], result["y"]] for result in results])
 
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharex=True, sharey=True)
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.7), sharex=True, sharey=True)
 circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
-for axis, (name, clip) in zip(axes, CLIPS.items(), strict=True):
-    after = jax.vmap(lambda g, clip=clip: clipped(clip, g))(gradients)
-    for g, c in zip(gradients, after, strict=True):
-        axis.plot(*np.array([g, c]).T, color="0.8", linewidth=1, zorder=1)
-    axis.scatter(*gradients.T, s=10, color="0.6", label="before")
-    axis.scatter(*after.T, s=10, color="C0", label="after")
-    axis.plot(circle.real, circle.imag, color="C3", linewidth=1)
+clipped = jnp.moveaxis(clip_all(gradients), 1, 0)
+for axis, name, after in zip(axes, CLIPS, clipped, strict=True):
+    axis.plot(*np.stack([gradients, after], 1).T, color="0.85", linewidth=1, zorder=1)
+    axis.scatter(*gradients.T, s=8, color="0.6", label="before")
+    axis.scatter(*after.T, s=12, color="C0", label="after")
+    axis.plot(circle.real, circle.imag, color="C3", linewidth=1, zorder=1)
     axis.set_title(name, family="monospace", size=8)
     axis.set_aspect("equal")
-axes[0].legend(fontsize=8, frameon=False)
+axes[0].legend(fontsize=8, loc="lower right")
 figure.tight_layout()
 plt.show()
 
 # %%
-# How far the direction turns, in degrees, over the gradients that were clipped:
+# How far the clip turns a gradient that it changes, in degrees:
 
-
-def angle(a, b):
-    cosine = (
-        jnp.sum(a * b, -1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
-    )
-    return jnp.degrees(jnp.arccos(jnp.clip(cosine, -1, 1)))
-
-
-for name, clip in CLIPS.items():
-    after = jax.vmap(lambda g, clip=clip: clipped(clip, g))(gradients)
-    changed = jnp.any(after != gradients, -1)
-    turned = angle(gradients, after)[changed]
-    print(f"{name:36} mean {turned.mean():4.1f}  largest {turned.max():4.1f}")
+for name, after in zip(CLIPS, clipped, strict=True):
+    ends = [jnp.degrees(jnp.arctan2(g[:, 1], g[:, 0])) for g in (gradients, after)]
+    turned = jnp.abs((ends[1] - ends[0] + 180) % 360 - 180)
+    changed = jnp.any(after != gradients, axis=-1)
+    mean, largest = turned[changed].mean(), turned[changed].max()
+    print(f"{name:36} on average {mean:4.1f}, at most {largest:4.1f}")

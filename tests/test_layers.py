@@ -17,7 +17,7 @@ HOUSE = (
     ("transforms",),
     ("stages",),
     ("chain",),
-    ("describe",),
+    ("describe", "reporting"),
     ("train_op",),
     ("optimize",),
     ("", "integrations"),

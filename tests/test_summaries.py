@@ -311,7 +311,7 @@ class MeasuredState(NamedTuple):
     inner: Any
 
     def measurements(self):
-        return {"norm": self.norm, "share": self.norm / (self.count + 1)}
+        return {"norm": self.norm, "share": jax.lax.div(self.norm, self.count + 1.0)}
 
 
 def measure(inner=None):
@@ -406,9 +406,17 @@ def test_the_second_of_a_kind_gets_1_and_the_third_2():
 
 
 def test_an_outer_state_comes_before_those_it_holds():
-    nested = measure(optax.chain(optax.scale(2.0), measure(), optax.adam(1e-3)))
+    innermost = optax.chain(optax.scale(2.0), measure(), optax.adam(1e-3))
+    nested = measure(optax.chain(optax.scale(2.0), measure(innermost)))
     found = numbers(get_summaries(updated(nested)))
-    assert found == {"norm": 5.0, "share": 2.5, "norm_1": 10.0, "share_1": 5.0}
+    assert found == {
+        "norm": 5.0,
+        "share": 2.5,
+        "norm_1": 10.0,
+        "share_1": 5.0,
+        "norm_2": 20.0,
+        "share_2": 10.0,
+    }
 
 
 def test_partitions_are_told_apart():
@@ -417,11 +425,19 @@ def test_partitions_are_told_apart():
     assert (found["norm"], found["norm_1"]) == (3.0, 4.0)
 
 
-def test_whatever_is_measured_is_published_as_float32():
+class PublishedState(NamedTuple):
+    value: Any
+
+    def measurements(self):
+        return {"value": self.value}
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float64", "bfloat16", "bool"])
+def test_whatever_is_measured_is_published_as_float32(dtype):
     with jax.enable_x64(True):
-        state = MeasuredState(jnp.float64(3.0), jnp.int64(2), ())
-        assert numbers(get_summaries(state)) == {"norm": 3.0, "share": 1.0}
-    assert numbers(get_summaries(MeasuredState(jnp.int32(3), 2, ())))["norm"] == 3.0
+        state = PublishedState(jnp.ones((), dtype))
+        assert numbers(get_summaries(state)) == {"value": 1.0}
+    assert numbers(get_summaries(PublishedState(3))) == {"value": 3.0}
 
 
 def test_under_vmap_there_is_one_value_a_run():

@@ -13,9 +13,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -31,7 +32,7 @@ BATCH = 64
 LOOK_EVERY = 10
 SAVE_EVERY = 100
 Images = np.ndarray[Any, Any]
-Manager = ocp.CheckpointManager | None
+Manager: TypeAlias = ocp.CheckpointManager | None
 
 
 class Digits(NamedTuple):
@@ -149,7 +150,7 @@ def train(
 ) -> tuple[optloss.TrainOpState, list[Look]]:
     """Make the steps that are left, or those before a Ctrl-C."""
     history: list[Look] = []
-    first = int(state.step)
+    first = step_of(state)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
     with SummaryWriter(args.logdir) as writer, interruptions() as interrupted:
         for step in bar:
@@ -199,6 +200,11 @@ def look(step: int, measured: dict[str, Any]) -> Look:
     return Look(step, *map(float, values))
 
 
+def step_of(state: optloss.TrainOpState) -> int:
+    """Return how many steps were made."""
+    return int(jnp.asarray(state.step))
+
+
 def open_checkpoints(folder: Path | None) -> Manager:
     """Return what saves into ``folder`` and restores from it, if one is given."""
     if folder is None:
@@ -212,24 +218,24 @@ def restore(manager: Manager, state: optloss.TrainOpState) -> optloss.TrainOpSta
     if manager is None or manager.latest_step() is None:
         return state
     target = ocp.args.StandardRestore(state)
-    restored = manager.restore(manager.latest_step(), args=target)
+    restored: optloss.TrainOpState = manager.restore(manager.latest_step(), args=target)
     print(f"goes on from step {restored.step}\n")
     return restored
 
 
 def save(manager: Manager, state: optloss.TrainOpState) -> None:
     """Save ``state``, unless its step is saved already, and wait until it is."""
-    if manager is None or int(state.step) == manager.latest_step():
+    if manager is None or step_of(state) == manager.latest_step():
         return
-    manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+    manager.save(step_of(state), args=ocp.args.StandardSave(state), force=True)
     manager.wait_until_finished()
 
 
 def accuracy(state: optloss.TrainOpState, digits: Digits) -> float:
     """Return the share of held-out images that are read right."""
     variables = {"params": state.params, "batch_stats": state.model_state}
-    logits = NET.apply(variables, digits.held_out_images, train=False)
-    return float(np.mean(np.argmax(logits, axis=-1) == digits.held_out_labels))
+    logits = jnp.asarray(NET.apply(variables, digits.held_out_images, train=False))
+    return float(jnp.mean(logits.argmax(axis=-1) == digits.held_out_labels))
 
 
 def draw(history: list[Look], path: Path) -> Path:

@@ -9,35 +9,22 @@ data included, is an argument of the compiled program and no constant in it.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
-from optloss.chain import Chain, ChainState, Shaped
+from optloss.chain import Chain, ChainState
 from optloss.describe import describe, one_line
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.messages import show
-from optloss.names import leaf_names
-from optloss.norms import global_norm
-from optloss.packed import Packed, unpack
 from optloss.placement import place_beside
-from optloss.summaries import (
-    CLIPPED_GRADIENT_NORM,
-    GRADIENT_NORM,
-    LEARNING_RATE,
-    LOSS,
-    PARAMETER_GRADIENT_NORM,
-    PARAMETER_GRADIENTS,
-    Histogram,
-    empty_histogram,
-    histogram,
-)
-from optloss.transforms.learning_rate import LearningRateState
+from optloss.reporting import Seen, summarise, wants_norms
+from optloss.summaries import Histogram
 from optloss.transforms.nonfinite import is_finite, skip_unless
-from optloss.trees import freeze, inexact_leaves, map_inexact, strong, thaw
+from optloss.trees import freeze, map_inexact, strong, thaw
 
 
 class TrainOpState(NamedTuple):
@@ -64,6 +51,9 @@ class UpdateContext(NamedTuple):
     aux: Any
     loss: jax.Array  # before the update
     step: jax.Array | None  # before its increment
+
+
+Step: TypeAlias = tuple[TrainOpState, StepOutput]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -167,13 +157,12 @@ class TrainOp:
         rest = place_beside((step, model_state, opt_state), params)
         return TrainOpState(rest[0], params, *rest[1:])
 
-    def __call__(
-        self, state: TrainOpState, *args: Any, **kwargs: Any
-    ) -> tuple[TrainOpState, StepOutput]:
+    def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, compiled; the buffers of ``state`` are donated to the new one."""
         _check_state(state)
         try:
-            return self._compiled(state, *args, **kwargs)
+            made: Step = self._compiled(state, *args, **kwargs)
+            return made
         except (RuntimeError, ValueError) as error:
             if "deleted" in str(error) and _is_deleted(state):
                 raise ValueError(
@@ -187,9 +176,7 @@ class TrainOp:
     def _compiled(self) -> Callable[..., Any]:
         return jax.jit(self.update, donate_argnums=(0,) if self.donate else ())
 
-    def update(
-        self, state: TrainOpState, *args: Any, **kwargs: Any
-    ) -> tuple[TrainOpState, StepOutput]:
+    def update(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, pure and not compiled: for ``lax.scan``, ``shard_map``, ``jit``.
 
         Args:
@@ -208,7 +195,7 @@ class TrainOp:
         with jax.named_scope(self.name or "OptimizeLoss"):
             return self._step(state, args, kwargs)
 
-    def _step(self, state: TrainOpState, args: Any, kwargs: Any) -> Any:
+    def _step(self, state: TrainOpState, args: Any, kwargs: Any) -> Step:
         selected = self.chain.selected(state.params)
         trained = freeze(state.params, selected)
         outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
@@ -218,7 +205,7 @@ class TrainOp:
 
         guarded = self.chain.skip_nonfinite
         before: ChainState = state.opt_state.inner if guarded else state.opt_state
-        measure = guarded or self._wants("global_gradient_norm", "gradient_norm")
+        measure = guarded or wants_norms(self.summaries)
         shaped = self.chain.shape(gradients, before, trained, extra, measure)
 
         def commit() -> tuple[Any, Any]:
@@ -244,11 +231,11 @@ class TrainOp:
 
         step = state.step
         if step is not None and self.increment_global_step:
-            step = optax.safe_increment(step)
+            step = jnp.asarray(optax.safe_increment(step))
         params = thaw(moved, state.params, selected)
-        summaries = self._summarise(
-            shaped, trained, opt_state, outcome.loss, state.step
-        )
+        after = opt_state.inner if guarded else opt_state
+        seen = Seen(outcome.loss, after.optimizer, shaped, trained, state.step)
+        summaries = summarise(self, seen)
         output = StepOutput(outcome.loss, outcome.aux, summaries)
         return TrainOpState(step, params, model_state, opt_state), output
 
@@ -279,52 +266,6 @@ class TrainOp:
                 lambda g, p: shard_alike(g, p)[0], gradients, trained
             )
         return outcome, gradients
-
-    def _wants(self, *entries: str) -> bool:
-        return any(entry in self.summaries for entry in entries)
-
-    def _summarise(
-        self, shaped: Shaped, like: Any, opt_state: Any, loss: jax.Array, step: Any
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self._wants("loss"):
-            found[LOSS] = loss
-        chain_state = opt_state.inner if self.chain.skip_nonfinite else opt_state
-        if self._wants("learning_rate") and isinstance(
-            chain_state.optimizer, LearningRateState
-        ):
-            found[LEARNING_RATE] = chain_state.optimizer.rate
-        if self._wants("global_gradient_norm", "gradient_norm"):
-            found[GRADIENT_NORM] = shaped.norm
-            if shaped.clipped_norm is not None:
-                found[CLIPPED_GRADIENT_NORM] = shaped.clipped_norm
-        found = {tag: jnp.asarray(value, jnp.float32) for tag, value in found.items()}
-        found |= self._summarise_parameters(shaped.gradients, like, step)
-        prefix = f"{self.name}/" if self.name else ""
-        return {prefix + tag: value for tag, value in found.items()}
-
-    def _summarise_parameters(
-        self, gradients: Any, like: Any, step: Any
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        axes = self.chain.axis_name
-        if isinstance(gradients, Packed):
-            gradients = unpack(gradients.tree, like, gradients.layout)
-        pairs = list(zip(leaf_names(gradients), inexact_leaves(gradients), strict=True))
-        if self._wants("gradient_norm"):
-            for name, leaf in pairs:
-                norm = global_norm(leaf, axis_name=axes)
-                found[f"{PARAMETER_GRADIENT_NORM}/{name}"] = norm.astype(jnp.float32)
-        if self._wants("gradients"):
-            due = True if step is None else step % self.histogram_every == 0
-            histograms = jax.lax.cond(
-                due,
-                lambda: [histogram(leaf, axis_name=axes) for _, leaf in pairs],
-                lambda: [empty_histogram(leaf) for _, leaf in pairs],
-            )
-            for (name, _), made in zip(pairs, histograms, strict=True):
-                found[f"{PARAMETER_GRADIENTS}/{name}"] = made
-        return found
 
 
 def _check_state(state: Any) -> None:

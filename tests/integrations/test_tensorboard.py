@@ -236,7 +236,15 @@ def test_the_transfer_guard_does_not_fire(tmp_path):
     assert scalars(tmp_path, "loss") == [(0, 2.0)]
 
 
-def test_summaries_outlive_the_state_they_came_from(tmp_path):
+def test_summaries_outlive_the_state_they_came_from(tmp_path, monkeypatch):
+    write, trained = tensorboard._Worker._write, threading.Event()
+
+    def wait_and_write(self, pending):
+        assert trained.wait(timeout=30)
+        write(self, pending)
+
+    monkeypatch.setattr(tensorboard._Worker, "_write", wait_and_write)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state):
         return jax.tree.map(lambda x: x * 2, state)
@@ -248,6 +256,7 @@ def test_summaries_outlive_the_state_they_came_from(tmp_path):
             writer.write(i, state)
             writer.write(i, lone)
             state, lone = step(state), step(lone)
+        trained.set()
     assert state["norm"] == 2.0**50
     assert scalars(tmp_path, "norm") == [(i, 2.0**i) for i in range(50)]
     expected = [(i + k, 2.0**i) for i in range(50) for k in range(3)]
@@ -278,6 +287,15 @@ def test_summaries_may_live_on_a_mesh(kind, tmp_path):
     assert scalars(tmp_path, "x") == scalars(tmp_path, "y") == [(0, 1.0)]
     expected = [(i, float(i)) for i in range(8)]
     assert scalars(tmp_path, "spread") == scalars(tmp_path, "last") == expected
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("a")])
+def test_no_program_is_run_on_more_than_one_device(spec):
+    # The other processes of a run would not take part in it.
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    value = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, spec))
+    (vector,) = tensorboard._pack({"x": value}).vectors
+    assert len(vector.devices()) == 1
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -153,9 +153,8 @@ def adaptive_clipping(
             factor=jnp.ones((), dtype),
         )
 
-    def threshold(mean: jax.Array, sq_mean: jax.Array) -> jax.Array:
-        std = jnp.sqrt(jnp.maximum(sq_mean - mean**2, epsilon))
-        return jnp.exp(mean + std_factor * std)
+    def log_threshold(mean: jax.Array, sq_mean: jax.Array) -> jax.Array:
+        return mean + std_factor * jnp.sqrt(jnp.maximum(sq_mean - mean**2, epsilon))
 
     def decay_at(step: jax.Array, observed: jax.Array, dtype: Any) -> jax.Array:
         rate = jnp.asarray(decay, dtype)
@@ -164,13 +163,13 @@ def adaptive_clipping(
         return jnp.minimum(rate, observed / (observed + 1)) if previous else rate
 
     def follow(
-        state: AdaptiveClippingState, norm: jax.Array, bound: jax.Array, step: Any
+        state: AdaptiveClippingState, norm: jax.Array, highest: jax.Array, step: Any
     ) -> tuple[jax.Array, jax.Array]:
         # In float32 a tiny epsilon is 0, and one log(0) would stay in the averages.
         least = jnp.finfo(norm.dtype).tiny
         entry = jnp.log(jnp.maximum(norm + epsilon, least))
         if previous:
-            entry = jnp.minimum(entry, jnp.log(bound))
+            entry = jnp.minimum(entry, highest)
         d = decay_at(state.step if step is None else step, state.observed, norm.dtype)
         moved = (
             state.mean - (1 - d) * (state.mean - entry),
@@ -194,7 +193,7 @@ def adaptive_clipping(
 
     def update(
         updates: optax.Updates,
-        state: AdaptiveClippingState,
+        state: Any,
         params: Any = None,
         *,
         step: jax.Array | None = None,
@@ -202,13 +201,14 @@ def adaptive_clipping(
     ) -> tuple[optax.Updates, AdaptiveClippingState]:
         del params, extra
         norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
-        bound, target = threshold(state.mean, state.sq_mean), jnp.exp(state.mean)
+        highest, target = log_threshold(state.mean, state.sq_mean), state.mean
         if previous:
-            bound = jnp.where(state.observed < BURN_IN, jnp.inf, bound)
-        mean, sq_mean = follow(state, norm, bound, step)
+            highest = jnp.where(state.observed < BURN_IN, jnp.inf, highest)
+        mean, sq_mean = follow(state, norm, highest, step)
         if not previous:
-            bound, target = threshold(mean, sq_mean), jnp.exp(mean)
-        factor = factor_for(norm, bound, target)
+            highest, target = log_threshold(mean, sq_mean), mean
+        bound = jnp.exp(highest)
+        factor = factor_for(norm, bound, jnp.exp(target))
         return scale_leaves(updates, factor), AdaptiveClippingState(
             step=optax.safe_increment(state.step),
             clipped=state.clipped + (factor < 1),

@@ -103,7 +103,7 @@ def clip_by_global_norm(
         )
 
     def update(
-        updates: optax.Updates, state: ClipState, params: Any = None, **extra: Any
+        updates: optax.Updates, state: Any, params: Any = None, **extra: Any
     ) -> tuple[optax.Updates, ClipState]:
         del params, extra
         norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
@@ -164,7 +164,7 @@ def clip_by_function(
 
     def update(
         updates: optax.Updates,
-        state: optax.EmptyState,
+        state: Any,
         params: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:

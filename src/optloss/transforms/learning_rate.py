@@ -155,7 +155,7 @@ def _with_rate(
 
     def update(
         updates: optax.Updates,
-        state: LearningRateState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         step: jax.Array | None = None,

@@ -81,7 +81,7 @@ def multiply_gradients(
 
     def update(
         updates: optax.Updates,
-        state: optax.EmptyState,
+        state: Any,
         params: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:

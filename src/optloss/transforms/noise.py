@@ -120,7 +120,7 @@ def add_gradient_noise(
 
     def update(
         updates: optax.Updates,
-        state: NoiseState,
+        state: Any,
         params: Any = None,
         *,
         step: jax.Array | None = None,

@@ -85,7 +85,7 @@ def skip_nonfinite(
 
     def update(
         updates: optax.Updates,
-        state: SkipNonfiniteState,
+        state: Any,
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, SkipNonfiniteState]:

@@ -1,0 +1,98 @@
+"""What a step reports: the summaries that were asked for, by TensorFlow's tags."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from optloss.chain import Chain, Shaped
+from optloss.names import leaf_names
+from optloss.norms import global_norm
+from optloss.packed import Packed, unpack
+from optloss.summaries import (
+    CLIPPED_GRADIENT_NORM,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    LOSS,
+    PARAMETER_GRADIENT_NORM,
+    PARAMETER_GRADIENTS,
+    empty_histogram,
+    histogram,
+)
+from optloss.transforms.learning_rate import LearningRateState
+from optloss.trees import inexact_leaves
+
+
+class Asked(Protocol):
+    """What was asked for, and what of: a training op."""
+
+    @property
+    def chain(self) -> Chain: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def summaries(self) -> Sequence[str]: ...
+    @property
+    def histogram_every(self) -> int: ...
+
+
+class Seen(NamedTuple):
+    """What a step came by."""
+
+    loss: jax.Array
+    optimizer_state: Any
+    shaped: Shaped
+    trained: Any  # the trained parameters
+    step: jax.Array | None
+
+
+def wants_norms(summaries: Sequence[str]) -> bool:
+    """Tell whether the global norms are to be reported."""
+    return "global_gradient_norm" in summaries or "gradient_norm" in summaries
+
+
+def summarise(asked: Asked, seen: Seen) -> dict[str, Any]:
+    """Return the summaries of a step, by tag."""
+    found: dict[str, Any] = {}
+    if "loss" in asked.summaries:
+        found[LOSS] = seen.loss
+    rate_known = isinstance(seen.optimizer_state, LearningRateState)
+    if "learning_rate" in asked.summaries and rate_known:
+        found[LEARNING_RATE] = seen.optimizer_state.rate
+    if wants_norms(asked.summaries):
+        found[GRADIENT_NORM] = seen.shaped.norm
+        if seen.shaped.clipped_norm is not None:
+            found[CLIPPED_GRADIENT_NORM] = seen.shaped.clipped_norm
+    found |= _of_parameters(asked, seen)
+    prefix = f"{asked.name}/" if asked.name else ""
+    return {
+        prefix + tag: value if isinstance(value, tuple) else _float32(value)
+        for tag, value in found.items()
+    }
+
+
+def _float32(value: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
+
+
+def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
+    gradients, axes = seen.shaped.gradients, asked.chain.axis_name
+    if isinstance(gradients, Packed):
+        gradients = unpack(gradients.tree, seen.trained, gradients.layout)
+    names, leaves = leaf_names(gradients), inexact_leaves(gradients)
+    found: dict[str, Any] = {}
+    if "gradient_norm" in asked.summaries:
+        for name, leaf in zip(names, leaves, strict=True):
+            tag = f"{PARAMETER_GRADIENT_NORM}/{name}"
+            found[tag] = global_norm(leaf, axis_name=axes)
+    if "gradients" in asked.summaries:
+        due = True if seen.step is None else seen.step % asked.histogram_every == 0
+        made = jax.lax.cond(
+            due,
+            lambda: [histogram(leaf, axis_name=axes) for leaf in leaves],
+            lambda: [empty_histogram(leaf) for leaf in leaves],
+        )
+        for name, one in zip(names, made, strict=True):
+            found[f"{PARAMETER_GRADIENTS}/{name}"] = one
+    return found
