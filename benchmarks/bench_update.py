@@ -3,9 +3,9 @@
     python benchmarks/bench_update.py                     every cell, some minutes
     python benchmarks/bench_update.py --cells noise/1e7/16 clip/1e6/400
 
-Two things at a time in the order ABBA, donated buffers, fresh random gradients, ratios of
-medians, and optloss against itself as the control. Cells with 400 leaves pack them. Prints
-a table, and writes it and the raw figures to ``benchmarks/results/``.
+Two things at a time in the order ABBA, donated buffers, fresh random gradients, ratios
+of medians, and optloss against itself as the control. Cells with 400 leaves pack them.
+Prints a table, and writes it and the raw figures to ``benchmarks/results/``.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Timing of two things at a time, on a machine that is not quiet.
 
 An absolute time means little there. Two things are measured in one process in the order
-A B B A, which cancels a drift of the machine to first order, and what counts is the ratio
-of the medians. The same thing against itself shows how far to trust it.
+A B B A, which cancels a drift of the machine to first order, and what counts is the
+ratio of the medians. The same thing against itself shows how far to trust it.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""A complete, jit-compiled training step for JAX in one call, built from optax parts."""
+"""A complete, jit-compiled training step for JAX in one call, of optax parts."""
 
 from optloss.chain import make_optimizer as make_optimizer
 from optloss.decays import cosine_decay as cosine_decay

@@ -52,8 +52,8 @@ class Shaped(NamedTuple):
 
     gradients: Any
     state: ChainState
-    norm: jax.Array | None  # float [], before the clip
-    clipped_norm: jax.Array | None  # float [], behind it
+    norm: Any  # float [], before the clip; None where it was not measured
+    clipped_norm: Any  # float [], behind it; None without a clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +122,14 @@ class Chain:
             measured, state.clip, params, **extra
         )
         if isinstance(clip, (ClipState, AdaptiveClippingState)):
-            norm, clipped_norm = clip.norm, clip.norm * clip.factor
+            norms: tuple[Any, Any] = clip.norm, clip.norm * clip.factor
         else:
-            norm = self._norm(measured) if measure else None
             clips = measure and self.clip is not NOTHING
-            clipped_norm = self._norm(clipped) if clips else None
-        shaped = ChainState(noise, clip, state.optimizer)
-        return Shaped(clipped, shaped, norm, clipped_norm)
+            norms = (
+                self._norm(measured) if measure else None,
+                self._norm(clipped) if clips else None,
+            )
+        return Shaped(clipped, ChainState(noise, clip, state.optimizer), *norms)
 
     def _norm(self, tree: Any) -> jax.Array:
         return global_norm(tree, axis_name=self.axis_name)
@@ -189,9 +190,9 @@ def check_leaves(call: str, params: Any) -> None:
             leaf
         ):
             raise ValueError(
-                f"{call}: the parameter {name!r} is no array but {show(leaf)}. Keep such "
-                "leaves outside, for example with params, static = eqx.partition(model, "
-                "eqx.is_inexact_array), and combine them inside the loss."
+                f"{call}: the parameter {name!r} is no array but {show(leaf)}. Keep "
+                "such leaves outside, for example with params, static = eqx.partition("
+                "model, eqx.is_inexact_array), and combine them inside the loss."
             )
 
 

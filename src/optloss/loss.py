@@ -126,8 +126,8 @@ def _like_leaf(who: str, path: str, new: Any, old: Any) -> Any:
     new = new if hasattr(new, "dtype") else jnp.asarray(new)
     if new.shape != old.shape or new.dtype != old.dtype:
         raise ValueError(
-            f"optimize_loss: {who} returned {show(new)} for model_state{path}, which is "
-            f"{show(old)}. Keep shapes and dtypes, for example with .astype(...)."
+            f"optimize_loss: {who} returned {show(new)} for model_state{path}, which "
+            f"is {show(old)}. Keep shapes and dtypes, for example with .astype(...)."
         )
     if jnp.issubdtype(new.dtype, jax.dtypes.extended):
         return new

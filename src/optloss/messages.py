@@ -25,10 +25,14 @@ def show(value: Any) -> str:
     if isinstance(value, functools.partial):
         bound = [f"{name}={show(entry)}" for name, entry in value.keywords.items()]
         return f"{show(value.func)}({', '.join([*map(show, value.args), *bound])})"
-    if isinstance(value, type) or (callable(value) and hasattr(value, "__name__")):
+    if _is_named(value):
         return str(value.__name__)
     text = " ".join(repr(_without_numbers(value)).split())
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+
+def _is_named(value: Any) -> bool:
+    return callable(value) and hasattr(value, "__name__")
 
 
 class _Text(str):
@@ -46,7 +50,7 @@ def _without_numbers(value: Any) -> Any:
         return type(value)(map(_without_numbers, value))
     if type(value) is dict:
         return {key: _without_numbers(entry) for key, entry in value.items()}
-    return _Text(show(value)) if is_array(value) else value
+    return _Text(show(value)) if is_array(value) or _is_named(value) else value
 
 
 def refusal(call: str, argument: str, value: Any, problem: str) -> ValueError:

@@ -29,7 +29,7 @@ Axes = tuple[str, ...]
 
 
 def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
-    r"""Return the Euclidean norm of all floating and complex leaves of ``tree`` together.
+    r"""Return the Euclidean norm of all floating and complex leaves together.
 
     .. math:: \lVert g \rVert_2 = \sqrt{\sum_i \lvert g_i \rvert^2}
 

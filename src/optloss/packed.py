@@ -4,8 +4,8 @@ Every leaf costs a step some microseconds on the host and several small kernels 
 device. A network of 400 small leaves is therefore several times slower than its number
 of parameters suggests. Packed, the small leaves of one dtype lie in one vector, in rows
 of :data:`ROW` elements, each leaf starting a row of its own and its last row filled up
-with zeros. What belongs to a leaf, such as a multiplier, is then a column with one entry
-a row.
+with zeros. What belongs to a leaf, such as a multiplier, is then a column with one
+entry a row.
 """
 
 import dataclasses
@@ -140,13 +140,17 @@ def map_rows(
 
 def column(slots: tuple[Slot, ...], values: Any) -> np.ndarray[Any, Any]:
     """Return ``values``, one a leaf, as a column ``[rows, 1]`` with one a row."""
-    return np.repeat(np.asarray(values), [slot.rows for slot in slots])[:, None]
+    repeated: np.ndarray[Any, Any] = np.repeat(
+        np.asarray(values), [slot.rows for slot in slots]
+    )
+    return repeated[:, None]
 
 
 def offsets(slots: tuple[Slot, ...]) -> np.ndarray[Any, Any]:
     """Return as a column where in its leaf each row starts."""
     starts = [np.arange(slot.rows, dtype=np.uint32) * ROW for slot in slots]
-    return np.concatenate(starts)[:, None]
+    offset: np.ndarray[Any, Any] = np.concatenate(starts)[:, None]
+    return offset
 
 
 def filled(slots: tuple[Slot, ...]) -> np.ndarray[Any, Any]:

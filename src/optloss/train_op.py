@@ -141,8 +141,8 @@ class TrainOp:
         """
         if self.update_ops and model_state is None:
             raise ValueError(
-                f"train_op.init(model_state=None): the {len(self.update_ops)} update_ops "
-                "need a model_state to work on. Pass it: init(params, model_state)."
+                f"train_op.init(model_state=None): the {len(self.update_ops)} "
+                "update_ops need a model_state to work on. Pass it: init(params, model_state)."
             )
         opt_state = self.chain.init(params)
         if not any(self.chain.selected(params)):
@@ -158,7 +158,7 @@ class TrainOp:
         return TrainOpState(rest[0], params, *rest[1:])
 
     def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
-        """Make one step, compiled; the buffers of ``state`` are donated to the new one."""
+        """Make one step, compiled; the buffers of ``state`` are donated."""
         _check_state(state)
         try:
             made: Step = self._compiled(state, *args, **kwargs)
@@ -177,7 +177,7 @@ class TrainOp:
         return jax.jit(self.update, donate_argnums=(0,) if self.donate else ())
 
     def update(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
-        """Make one step, pure and not compiled: for ``lax.scan``, ``shard_map``, ``jit``.
+        """Make one step, pure and not compiled: for ``lax.scan`` or a ``jit`` of yours.
 
         Args:
             state: What :meth:`init` or the step before returned.
@@ -233,7 +233,7 @@ class TrainOp:
         if step is not None and self.increment_global_step:
             step = jnp.asarray(optax.safe_increment(step))
         params = thaw(moved, state.params, selected)
-        after = opt_state.inner if guarded else opt_state
+        after: ChainState = opt_state.inner if guarded else opt_state
         seen = Seen(outcome.loss, after.optimizer, shaped, trained, state.step)
         summaries = summarise(self, seen)
         output = StepOutput(outcome.loss, outcome.aux, summaries)
@@ -271,8 +271,8 @@ class TrainOp:
 def _check_state(state: Any) -> None:
     if not isinstance(state, TrainOpState):
         raise ValueError(
-            f"train_op(state={show(state)}): the first argument must be a TrainOpState. "
-            "Make one with state = train_op.init(params)."
+            f"train_op(state={show(state)}): the first argument must be a "
+            "TrainOpState. Make one with state = train_op.init(params)."
         )
 
 

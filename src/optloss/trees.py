@@ -111,7 +111,7 @@ def negative_zeros(shapes: Any, like: Any) -> Any:
 
 
 def keep_dtypes(new: Any, old: Any) -> Any:
-    """Return the state ``new`` in the dtypes of ``old``; random keys stay as they are."""
+    """Return the state ``new`` in the dtypes of ``old``; random keys stay."""
 
     def keep(leaf: Any, before: Any) -> Any:
         dtype = getattr(before, "dtype", None)

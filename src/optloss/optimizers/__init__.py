@@ -1,0 +1,1 @@
+"""TensorFlow's six optimizers, and all that are known by name."""

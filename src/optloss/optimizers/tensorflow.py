@@ -249,7 +249,7 @@ def ftrl(
         root, new_root = (_root(number, learning_rate_power) for number in (n, new_n))
         new_z = z + g + 2 * shrinkage * w - (new_root - root) / divisor * w
         solved = jnp.abs(new_z) > l1
-        slope = jnp.where(solved, new_root / divisor + 2 * l2, 1)
+        slope = new_root / divisor + 2 * l2
         new_w = jnp.where(solved, (jnp.sign(new_z) * l1 - new_z) / slope, 0)
         update = jnp.where(still, 0, new_w - w)
         return update, jnp.where(still, n, new_n), jnp.where(still, z, new_z)

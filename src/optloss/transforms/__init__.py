@@ -1,0 +1,1 @@
+"""One feature a file, each an ``optax.GradientTransformation`` that works alone."""

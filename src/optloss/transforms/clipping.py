@@ -124,7 +124,7 @@ def clip_by_global_norm(
 def clip_by_function(
     fn: Callable[[Pairs], Sequence[tuple[jax.Array, jax.Array]]],
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip by a function from ``(gradient, variable)`` pairs to pairs of the same length.
+    """Clip by a function of the list of all ``(gradient, variable)`` pairs.
 
     This is what ``clip_gradients=`` of the TensorFlow function took, so that such a
     function ports unchanged. The pairs are in the order of the tree's leaves; leaves
@@ -146,7 +146,8 @@ def clip_by_function(
         >>> import jax.numpy as jnp
         >>> halve = clip_by_function(lambda pairs: [(g / 2, v) for g, v in pairs])
         >>> params = {"w": jnp.array([1.0, 2.0])}
-        >>> clipped, _ = halve.update({"w": jnp.array([4.0, 6.0])}, halve.init(params), params)
+        >>> grads = {"w": jnp.array([4.0, 6.0])}
+        >>> clipped, _ = halve.update(grads, halve.init(params), params)
         >>> print(clipped["w"])
         [2. 3.]
 
@@ -171,8 +172,8 @@ def clip_by_function(
         del extra
         if params is None:
             raise ValueError(
-                "clip_by_function: the function is given (gradient, variable) pairs, so "
-                "update(updates, state, params) needs params."
+                "clip_by_function: the function is given (gradient, variable) pairs, "
+                "so update(updates, state, params) needs params."
             )
         leaves, structure = jax.tree.flatten(updates)
         variables = structure.flatten_up_to(params)

@@ -17,7 +17,7 @@ Factory = Callable[[jax.Array], optax.GradientTransformation]
 
 
 class LearningRateState(NamedTuple):
-    """The base rate, the rate used last, and the state of the optimizer that used it."""
+    """The base rate, the rate used last, and the state of the optimizer at it."""
 
     step: jax.Array  # int32 [], updates so far
     base: jax.Array | None  # float [], the rate before decay; None for a schedule
@@ -187,7 +187,7 @@ def start_rate(learning_rate: float | jax.Array) -> jax.Array:
 
 
 def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
-    """Return ``state`` with another learning rate (the base rate, where there is a decay).
+    """Return ``state`` with another learning rate (before decay, where there is one).
 
     Nothing is compiled anew: the rate is a scalar in the state, not a constant of the
     program.
@@ -217,13 +217,14 @@ def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
     if not places or any(nodes[i].base is None for i in places):
         raise ValueError(
             f"set_learning_rate({show(type(state))}): the state holds no base rate. An "
-            "optimizer given as an instance keeps its own rate, and a schedule has none: "
-            "give a number as learning_rate, and the optimizer by name or as a function."
+            "optimizer given as an instance keeps its own rate, and a schedule has "
+            "none: give a number as learning_rate, and the optimizer by name or as a "
+            "function."
         )
     if len(places) > 1:
         raise ValueError(
-            f"set_learning_rate({show(type(state))}): the state holds {len(places)} base "
-            "rates. Set them one by one in their parts of the state."
+            f"set_learning_rate({show(type(state))}): the state holds {len(places)} "
+            "base rates. Set them one by one in their parts of the state."
         )
     node = nodes[places[0]]
     nodes[places[0]] = node._replace(base=_beside(node.base, value))
@@ -272,7 +273,7 @@ def _check_rate_number(call: str, argument: str, value: Any) -> None:
 
 
 def check_transformation(call: str, result: Any) -> Any:
-    """Refuse what an optimizer's factory returned unless it has ``init`` and ``update``."""
+    """Return what an optimizer's factory made if it has ``init`` and ``update``."""
     if isinstance(result, type) or not (
         callable(getattr(result, "init", None))
         and callable(getattr(result, "update", None))
@@ -285,14 +286,14 @@ def check_transformation(call: str, result: Any) -> Any:
 
 
 def check_rate_is_outside(call: str, inner: Any) -> None:
-    """Refuse the state of ``optax.inject_hyperparams``: it would keep its first rate."""
+    """Refuse the state of ``optax.inject_hyperparams``, which keeps its first rate."""
     if any(
         hasattr(node, "hyperparams")
         for node in jax.tree.leaves(inner, is_leaf=lambda n: hasattr(n, "hyperparams"))
     ):
         raise ValueError(
-            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose state "
-            "would keep the first learning rate for ever. Pass it unwrapped."
+            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
+            "state would keep the first learning rate for ever. Pass it unwrapped."
         )
 
 

@@ -113,7 +113,7 @@ def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
 
 
 def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
-    """Refuse ``multipliers`` unless it maps names or patterns to finite real numbers."""
+    """Refuse ``multipliers`` unless it maps names to finite real numbers."""
     if not isinstance(multipliers, Mapping):
         raise refusal(
             call, argument, multipliers, "must map parameter names to numbers."

@@ -42,7 +42,9 @@ def add_gradient_noise(
     Noise helps to leave saddle points and poor minima; annealed, it fades as training
     settles. At step :math:`t`
 
-    .. math:: g \leftarrow g + \frac{s}{(1 + t)^{\gamma / 2}} \, z, \qquad z \sim N(0, 1)
+    .. math::
+
+        g \leftarrow g + \frac{s}{(1 + t)^{\gamma / 2}} \, z, \qquad z \sim N(0, 1)
 
     with :math:`s` = ``scale`` and :math:`\gamma` = ``annealing``. Each draw is a
     function of the key, the number of draws so far, the leaf's name and its shape
