@@ -3,12 +3,11 @@ A character model that explodes without the clip
 ================================================
 
 A recurrent network without gates learns to write Python's own documentation, character
-by character; the text comes with Python. Its recurrence is a product of 100 matrices,
-so now and then its gradient is huge, and one step by such a gradient ruins it. A clip
-of the norm is the classical cure::
+by character; the text comes with Python. Its gradient is a product of 100 matrices, and
+so now and then huge: within 20 steps of plain SGD everything is NaN. A clip of the norm
+is the classical cure::
 
-    python examples/char_model.py                 # adaptive clipping
-    python examples/char_model.py --clip 1.0      # at a fixed norm
+    python examples/char_model.py                 # the norm is clipped at 1
     python examples/char_model.py --clip none     # watch it explode
 """
 
@@ -38,10 +37,10 @@ def load_text():
 def new_params(key, characters):
     keys = jax.random.split(key, 3)
     return {
-        "embed": 0.1 * jax.random.normal(keys[0], (characters, WIDTH)),
+        "embed": 0.5 * jax.random.normal(keys[0], (characters, WIDTH)),
         "recur": {
-            "kernel": jnp.eye(WIDTH)
-            + 0.01 * jax.random.normal(keys[1], (WIDTH, WIDTH)),
+            "kernel": 0.5 * jnp.eye(WIDTH)
+            + 0.05 * jax.random.normal(keys[1], (WIDTH, WIDTH)),
             "bias": jnp.zeros(WIDTH),
         },
         "read": {
@@ -83,17 +82,16 @@ def write(params, characters, length=200, seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--clip", default="adaptive")
+    parser.add_argument("--clip", default="1.0", help="a number, or none")
     args = parser.parse_args(argv)
-    clips = {"adaptive": optloss.adaptive_clipping(statistics="previous"), "none": None}
 
     text, characters = load_text()
     train_op = optloss.optimize_loss(
         loss,
         global_step=0,
-        learning_rate=0.3,
+        learning_rate=0.5,
         optimizer="SGD",
-        clip_gradients=clips[args.clip] if args.clip in clips else float(args.clip),
+        clip_gradients=None if args.clip == "none" else float(args.clip),
         summaries=["global_gradient_norm"],
         name="",
     )
@@ -108,11 +106,10 @@ def main(argv=None):
         losses.append(output.loss)
         if step % 100 == 0 or step == args.steps - 1:
             norm = output.summaries["global_norm/gradient_norm"]
-            recent = np.mean(losses[-100:])
-            print(f"step {step:4}: loss {recent:.3f}, gradient norm {norm:.3g}")
+            print(f"step {step:4}: loss {output.loss:.3f}, gradient norm {norm:.3g}")
     if np.isfinite(losses[-1]):
         print(write(state.params, characters))
-    return losses
+    return np.array(losses)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def _without_numbers(value: Any) -> Any:
     """Return a container with its arrays in words: their numbers may be gigabytes."""
     if type(value) in (list, tuple):
         return type(value)(map(_without_numbers, value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_without_numbers, value))
     if type(value) is dict:
         return {key: _without_numbers(entry) for key, entry in value.items()}
     return _Text(show(value)) if is_array(value) or _is_named(value) else value

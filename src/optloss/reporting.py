@@ -1,15 +1,16 @@
 """What a step reports: the summaries that were asked for, by TensorFlow's tags."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optloss.chain import Chain, Shaped
+from optloss.chain import Shaped
 from optloss.names import leaf_names
 from optloss.norms import global_norm
 from optloss.packed import Packed, unpack
+from optloss.stages import AxisName
 from optloss.summaries import (
     CLIPPED_GRADIENT_NORM,
     GRADIENT_NORM,
@@ -24,17 +25,13 @@ from optloss.transforms.learning_rate import LearningRateState
 from optloss.trees import inexact_leaves
 
 
-class Asked(Protocol):
-    """What was asked for, and what of: a training op."""
+class Asked(NamedTuple):
+    """What is to be reported, and how."""
 
-    @property
-    def chain(self) -> Chain: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def summaries(self) -> Sequence[str]: ...
-    @property
-    def histogram_every(self) -> int: ...
+    summaries: Sequence[str]  # out of OPTIMIZER_SUMMARIES
+    name: str  # prefix of the tags
+    histogram_every: int
+    axis_name: AxisName
 
 
 class Seen(NamedTuple):
@@ -77,7 +74,7 @@ def _float32(value: Any) -> jax.Array:
 
 
 def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
-    gradients, axes = seen.shaped.gradients, asked.chain.axis_name
+    gradients, axes = seen.shaped.gradients, asked.axis_name
     if isinstance(gradients, Packed):
         gradients = unpack(gradients.tree, seen.trained, gradients.layout)
     names, leaves = leaf_names(gradients), inexact_leaves(gradients)

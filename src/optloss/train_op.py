@@ -21,7 +21,7 @@ from optloss.describe import describe, one_line
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.messages import show
 from optloss.placement import place_beside
-from optloss.reporting import Seen, summarise, wants_norms
+from optloss.reporting import Asked, Seen, summarise, wants_norms
 from optloss.summaries import Histogram
 from optloss.transforms.nonfinite import is_finite, skip_unless
 from optloss.trees import freeze, map_inexact, strong, thaw
@@ -235,7 +235,10 @@ class TrainOp:
         params = thaw(moved, state.params, selected)
         after: ChainState = opt_state.inner if guarded else opt_state
         seen = Seen(outcome.loss, after.optimizer, shaped, trained, state.step)
-        summaries = summarise(self, seen)
+        asked = Asked(
+            self.summaries, self.name, self.histogram_every, self.chain.axis_name
+        )
+        summaries = summarise(asked, seen)
         output = StepOutput(outcome.loss, outcome.aux, summaries)
         return TrainOpState(step, params, model_state, opt_state), output
 
