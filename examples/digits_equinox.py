@@ -33,7 +33,9 @@ class Net(eqx.Module):
             eqx.nn.Conv2d(1, 16, 3, 2, 1, use_bias=False, key=keys[0]),
             eqx.nn.Conv2d(16, 32, 3, 2, 1, use_bias=False, key=keys[1]),
         ]
-        self.norms = [eqx.nn.BatchNorm(n, "batch", mode="batch") for n in (16, 32)]
+        self.norms = [
+            eqx.nn.BatchNorm(n, "batch", mode="batch", momentum=0.9) for n in (16, 32)
+        ]
         self.dropout = eqx.nn.Dropout(0.2)
         self.head = eqx.nn.Linear(128, 10, key=keys[2])
 

@@ -26,7 +26,7 @@ class Net(nn.Module):
     def __call__(self, x, train):
         for features in (16, 32):
             x = nn.Conv(features, (3, 3), strides=2, use_bias=False)(x)
-            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         x = nn.Dropout(0.2, deterministic=not train)(x.reshape(len(x), -1))
         return nn.Dense(10)(x)
 

@@ -24,9 +24,9 @@ from optloss.integrations.nnx import optimize_loss
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.conv_0 = nnx.Conv(1, 16, (3, 3), strides=2, use_bias=False, rngs=rngs)
-        self.norm_0 = nnx.BatchNorm(16, rngs=rngs)
+        self.norm_0 = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
         self.conv_1 = nnx.Conv(16, 32, (3, 3), strides=2, use_bias=False, rngs=rngs)
-        self.norm_1 = nnx.BatchNorm(32, rngs=rngs)
+        self.norm_1 = nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
         self.head = nnx.Linear(128, 10, rngs=rngs)
 

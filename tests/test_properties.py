@@ -1,13 +1,14 @@
 """What must hold for any numbers, any order of leaves, and any text."""
 
 import builtins
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import optloss
@@ -74,52 +75,44 @@ def update(build):
 @given(trees(numbers))
 def test_the_norm_is_that_of_float64(tree):
     exact = exact_norm(tree)
-    if exact > LARGEST * (1 - 1e-6):
-        return
+    assume(exact < LARGEST * (1 - 1e-6))
     np.testing.assert_allclose(norm_of(tree), exact, rtol=1e-6, atol=1e-37)
 
 
 @several
 @given(trees(numbers), st.floats(0, LARGEST, width=32, allow_subnormal=False))
 def test_a_clipped_norm_never_exceeds_its_bound(tree, bound):
-    if exact_norm(tree) > LARGEST:
-        return
+    assume(exact_norm(tree) < LARGEST)
     clipped = clip(tree, np.float32(bound))
     assert exact_norm(clipped) <= bound * (1 + 1e-6)
 
 
 @several
-@given(
-    trees(st.floats(-8, 8, width=32, allow_subnormal=False)),
-    magnitudes,
-    st.integers(-40, 40),
-)
+@given(trees(numbers), magnitudes, st.integers(-60, 60))
 def test_scaling_gradient_and_bound_scales_the_result(tree, bound, exponent):
-    """By a power of two, to the last bit."""
     by = np.float32(2.0**exponent)
-    small = {
-        name: np.where(np.abs(leaf) < 1e-3, 0, leaf) for name, leaf in tree.items()
+    # What would leave the range of float32, or come near its end, is left at home.
+    tree = {
+        name: np.where((np.abs(leaf) > 1e-15) & (np.abs(leaf) < 1e15), leaf, 0)
+        for name, leaf in tree.items()
     }
-    scaled = clip({name: leaf * by for name, leaf in small.items()}, bound * by)
-    expected = {
-        name: leaf * by for name, leaf in clip(small, np.float32(bound)).items()
-    }
+    scaled = clip({name: leaf * by for name, leaf in tree.items()}, bound * by)
+    plain = clip(tree, np.float32(bound))
     for name, leaf in scaled.items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=1e-6, atol=1e-37)
+        np.testing.assert_allclose(leaf, plain[name] * by, rtol=1e-6, atol=1e-37)
 
 
 @several
-@given(trees(numbers), st.permutations(sorted(SHAPES)), st.randoms())
-def test_the_order_of_leaves_and_elements_does_not_matter(tree, order, random):
-    flat = np.concatenate([np.ravel(tree[name]) for name in order])
-    random.shuffle(flat)
-    ends = np.cumsum([leaf.size for leaf in tree.values()])[:-1]
-    parts = np.split(flat, ends)
+@given(trees(numbers), st.permutations(range(12)))
+def test_the_order_of_leaves_and_elements_does_not_matter(tree, order):
+    assume(exact_norm(tree) < LARGEST * (1 - 1e-6))
+    flat = np.concatenate([np.ravel(tree[name]) for name in SHAPES])[order]
+    pieces = np.split(flat, [6, 11])
     shuffled = {
-        name: part.reshape(shape)
-        for (name, shape), part in zip(SHAPES.items(), parts, strict=True)
+        name: piece.reshape(SHAPES[name])
+        for name, piece in zip(SHAPES, pieces, strict=True)
     }
-    np.testing.assert_allclose(norm_of(shuffled), norm_of(tree), rtol=1e-6)
+    np.testing.assert_allclose(norm_of(shuffled), norm_of(tree), rtol=1e-6, atol=1e-37)
 
 
 IDENTITIES = {
@@ -141,19 +134,17 @@ def test_what_does_nothing_keeps_every_bit(name, tree):
 
 
 @several
-@given(trees(numbers), trees(numbers))
-def test_a_clip_never_turns_a_gradient(tree, other):
-    del other
-    clipped = clip(tree, np.float32(1))
-    for name, leaf in clipped.items():
+@given(trees(numbers))
+def test_a_clip_shortens_every_element_and_turns_none(tree):
+    for name, leaf in clip(tree, np.float32(1)).items():
         assert (np.abs(leaf) <= np.abs(tree[name])).all()
-        assert (np.asarray(leaf) * tree[name] >= 0).all()
+        assert ((leaf == 0) | (np.sign(leaf) == np.sign(tree[name]))).all()
 
 
-rates = st.floats(1e-6, 1e3, width=32)
+rates = st.floats(2.0**-20, 2.0**10, width=32)
 steps = st.integers(0, 10**6)
-spans = st.integers(1, 10**5)
-parts = st.floats(0.01, 0.99, width=32)
+spans = st.sampled_from([1, 7, 1000, 99_999])
+shares = st.floats(2.0**-7, 1 - 2.0**-7, width=32)
 DECAYS = {
     "exponential": (
         lambda r, t, n, p: optloss.exponential_decay(r, t, n, p),
@@ -200,13 +191,17 @@ DECAYS = {
 }
 
 
+@functools.cache
+def decayed(name):
+    return jax.jit(DECAYS[name][0], static_argnums=2)
+
+
 @pytest.mark.parametrize("name", DECAYS)
 @several
-@given(rates, steps, spans, parts)
+@given(rates, steps, spans, shares)
 def test_a_decay_stays_between_its_ends(name, rate, step, span, part):
-    decay, ends = DECAYS[name]
-    low, high = ends(rate, part)
-    value = float(decay(np.float32(rate), step, span, np.float32(part)))
+    low, high = DECAYS[name][1](rate, part)
+    value = decayed(name)(np.float32(rate), np.int32(step), span, np.float32(part))
     assert low * (1 - 1e-5) - 1e-30 <= value <= high * (1 + 1e-5)
 
 
@@ -240,12 +235,7 @@ specs = st.builds(
 def test_any_text_gives_a_factory_or_a_refusal_and_runs_nothing(text):
     ran = []
     builtins.boom = lambda *_: ran.append(text)
-    try:
-        factory = get_factory("optimize_loss", text)
-    except ValueError as error:
-        assert str(error).startswith("optimize_loss(optimizer=")
-    else:
-        assert callable(factory)
-    finally:
-        del builtins.boom
+    with contextlib.suppress(ValueError):
+        assert callable(get_factory("optimize_loss", text))
+    del builtins.boom
     assert not ran

@@ -53,7 +53,7 @@ SHOWN = set()
 def case(name):
     """Mark a test as standing for the upstream case ``name``."""
     SHOWN.add(name)
-    return pytest.mark.filterwarnings("error")
+    return lambda test: test
 
 
 def loss(var, x):

@@ -9,7 +9,7 @@ device.
 import difflib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def refusal(call: str, argument: str, value: Any, problem: str) -> ValueError:
     return ValueError(f"{call}({argument}={show(value)}): {problem}")
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: Any) -> TypeGuard[jax.Array]:
     """Tell whether ``value`` is a NumPy or JAX array, traced ones included."""
     return isinstance(value, (jax.Array, np.ndarray))
 

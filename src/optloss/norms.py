@@ -17,6 +17,7 @@ Every device of a mesh must come to the same norm, and count each parameter once
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +61,8 @@ def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros((), dtype)
-    return _norm(leaves, axes, jnp.dtype(dtype))
+    norm: jax.Array = _norm(leaves, axes, jnp.dtype(dtype))
+    return norm
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -82,7 +84,8 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
     unsummed = _varying_axes_of(leaves) - set(axes)
     first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
     scale, total, _ = jax.lax.while_loop(again, measure, first)
-    return jnp.sqrt(total) / scale
+    norm: jax.Array = jnp.sqrt(total) / scale
+    return norm
 
 
 @_norm.defjvp
@@ -99,7 +102,7 @@ def _norm_jvp(axes: Axes, dtype: Any, primals: Any, tangents: Any) -> Any:
 
 def _scaled_square(leaf: jax.Array, scale: jax.Array) -> jax.Array:
     squares = [jnp.square(part * scale.astype(part.dtype)) for part in _parts(leaf)]
-    return functools.reduce(jnp.add, squares)
+    return sum(squares[1:], squares[0])
 
 
 def _component(pair: Any, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -108,7 +111,7 @@ def _component(pair: Any, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
     for part, along in zip(leaf, move, strict=True):
         shift, inverse = (factor.astype(part.dtype) for factor in factors)
         products.append(part * shift * inverse * along)
-    return functools.reduce(jnp.add, products)
+    return sum(products[1:], products[0])
 
 
 def _parts(leaf: jax.Array) -> list[jax.Array]:
@@ -122,7 +125,7 @@ def _sum(parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any) -> jax.A
     if not explicit:
         return _sum_here(parts, fn, scale, axes, dtype)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
-    spread = jax.shard_map(
+    spread: Callable[..., jax.Array] = jax.shard_map(
         lambda parts, scale: _sum_here(parts, fn, scale, (*axes, *explicit), dtype),
         mesh=mesh,
         in_specs=(specs, jax.sharding.PartitionSpec()),
@@ -185,4 +188,5 @@ def agree(finite: jax.Array, axis_name: str | Axes | None) -> jax.Array:
     over = varying_axes(finite, axes)
     if not over:
         return finite
-    return jax.lax.psum(jnp.logical_not(finite).astype(jnp.int32), over) == 0
+    refusals: jax.Array = jax.lax.psum(jnp.logical_not(finite).astype(jnp.int32), over)
+    return refusals == 0

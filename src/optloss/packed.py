@@ -144,17 +144,3 @@ def column(slots: tuple[Slot, ...], values: Any) -> np.ndarray[Any, Any]:
         np.asarray(values), [slot.rows for slot in slots]
     )
     return repeated[:, None]
-
-
-def offsets(slots: tuple[Slot, ...]) -> np.ndarray[Any, Any]:
-    """Return as a column where in its leaf each row starts."""
-    starts = [np.arange(slot.rows, dtype=np.uint32) * ROW for slot in slots]
-    offset: np.ndarray[Any, Any] = np.concatenate(starts)[:, None]
-    return offset
-
-
-def filled(slots: tuple[Slot, ...]) -> np.ndarray[Any, Any]:
-    """Return as a column how many elements of each row belong to its leaf."""
-    return np.minimum(
-        column(slots, [slot.size for slot in slots]) - offsets(slots), ROW
-    )

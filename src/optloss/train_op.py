@@ -142,7 +142,8 @@ class TrainOp:
         if self.update_ops and model_state is None:
             raise ValueError(
                 f"train_op.init(model_state=None): the {len(self.update_ops)} "
-                "update_ops need a model_state to work on. Pass it: init(params, model_state)."
+                "update_ops need a model_state to work on. Pass it: "
+                "init(params, model_state)."
             )
         opt_state = self.chain.init(params)
         if not any(self.chain.selected(params)):
@@ -233,7 +234,7 @@ class TrainOp:
         if step is not None and self.increment_global_step:
             step = jnp.asarray(optax.safe_increment(step))
         params = thaw(moved, state.params, selected)
-        after: ChainState = opt_state.inner if guarded else opt_state
+        after: Any = opt_state.inner if guarded else opt_state
         seen = Seen(outcome.loss, after.optimizer, shaped, trained, state.step)
         asked = Asked(
             self.summaries, self.name, self.histogram_every, self.chain.axis_name

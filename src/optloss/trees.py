@@ -110,6 +110,11 @@ def negative_zeros(shapes: Any, like: Any) -> Any:
     return jax.tree.map(zero, shapes, like)
 
 
+def increment(step: jax.Array) -> jax.Array:
+    """Return ``step + 1``, or ``step`` where that would be too large for its dtype."""
+    return jnp.asarray(optax.safe_increment(step))
+
+
 def keep_dtypes(new: Any, old: Any) -> Any:
     """Return the state ``new`` in the dtypes of ``old``; random keys stay."""
 

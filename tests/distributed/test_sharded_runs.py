@@ -21,22 +21,22 @@ from distributed.meshes import (
     make_params,
     put,
 )
-from jax.sharding import SingleDeviceSharding, reshard
 from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding, reshard
 
 import optloss
 
 KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-EVERYTHING = dict(
-    gradient_noise_scale=0.05,
-    gradient_multipliers={"dense/*": 0.5},
-    clip_gradients=optloss.adaptive_clipping(std_factor=0.5, decay=0.8),
-    learning_rate_decay_fn=functools.partial(
+EVERYTHING = {
+    "gradient_noise_scale": 0.05,
+    "gradient_multipliers": {"dense/*": 0.5},
+    "clip_gradients": optloss.adaptive_clipping(std_factor=0.5, decay=0.8),
+    "learning_rate_decay_fn": functools.partial(
         optloss.exponential_decay, decay_steps=10, decay_rate=0.5
     ),
-    skip_nonfinite=True,
-    summaries=["loss", "learning_rate", "global_gradient_norm"],
-)
+    "skip_nonfinite": True,
+    "summaries": ["loss", "learning_rate", "global_gradient_norm"],
+}
 
 
 def make_op(loss, **changes):
@@ -207,7 +207,7 @@ def test_fifty_steps_and_a_change_of_rate_compile_once(kind, jitted, compilation
         for step in range(49):
             if step == 20:
                 state = optloss.set_learning_rate(state, 0.01)
-            state, output = op(state, x)
+            state, _output = op(state, x)
     assert compilations() == after_one
     assert len(traces) == 1
     assert shardings(state) == placed
@@ -330,7 +330,7 @@ def test_truncated_and_double_noise_are_bit_identical_on_eight_devices(kind):
     with jax.enable_x64(True):
         leaves = {"kernel": LEAVES["kernel"], "double": np.zeros(64)}
         specs = {"kernel": P("data", "model"), "double": P("model")}
-        options = dict(distribution="truncated_normal")
+        options = {"distribution": "truncated_normal"}
         found = noise_on(square_mesh(kind), leaves, specs, **options)
         alone = noise_on(
             make_mesh((1, 1), ("data", "model"), kind), leaves, specs, **options

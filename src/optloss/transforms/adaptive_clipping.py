@@ -40,7 +40,7 @@ from optloss.summaries import (
     CLIPPED_SHARE,
     GRADIENT_NORM,
 )
-from optloss.trees import norm_dtype, scale_leaves
+from optloss.trees import increment, norm_dtype, scale_leaves
 
 BURN_IN = 5
 """Norms that ``statistics="previous"`` wants to have seen before it cuts one."""
@@ -192,13 +192,13 @@ def adaptive_clipping(
         return jnp.where(mendable, jnp.minimum(factor, 1), 1).astype(norm.dtype)
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
         params: Any = None,
         *,
         step: jax.Array | None = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, AdaptiveClippingState]:
+    ) -> tuple[Any, Any]:
         del params, extra
         norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
@@ -210,7 +210,7 @@ def adaptive_clipping(
         bound = jnp.exp(highest)
         factor = factor_for(norm, bound, jnp.exp(target))
         return scale_leaves(updates, factor), AdaptiveClippingState(
-            step=optax.safe_increment(state.step),
+            step=increment(state.step),
             clipped=state.clipped + (factor < 1),
             observed=state.observed + jnp.isfinite(norm),
             mean=mean,

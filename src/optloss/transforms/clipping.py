@@ -15,7 +15,7 @@ from optloss.summaries import (
     CLIPPED_SHARE,
     GRADIENT_NORM,
 )
-from optloss.trees import is_inexact, norm_dtype, scale_leaves
+from optloss.trees import increment, is_inexact, norm_dtype, scale_leaves
 
 Pairs = list[tuple[jax.Array, jax.Array]]
 
@@ -103,15 +103,15 @@ def clip_by_global_norm(
         )
 
     def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[optax.Updates, ClipState]:
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
         del params, extra
         norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
         bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
         outside = (norm > bound) & jnp.isfinite(norm)
         factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
         new_state = ClipState(
-            step=optax.safe_increment(state.step),
+            step=increment(state.step),
             clipped=state.clipped + outside,
             norm=norm,
             factor=factor.astype(norm.dtype),
@@ -164,11 +164,11 @@ def clip_by_function(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
         params: Any = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[Any, Any]:
         del extra
         if params is None:
             raise ValueError(
@@ -176,7 +176,7 @@ def clip_by_function(
                 "so update(updates, state, params) needs params."
             )
         leaves, structure = jax.tree.flatten(updates)
-        variables = structure.flatten_up_to(params)
+        variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))
         places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
         result = fn([(leaves[i], variables[i]) for i in places])
         for i, gradient in zip(

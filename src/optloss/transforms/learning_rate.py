@@ -6,10 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from optloss.messages import check_number, is_array, refusal, show
 from optloss.summaries import LEARNING_RATE
-from optloss.trees import inexact_only, is_inexact, keep_dtypes, scale_leaves, thaw
+from optloss.trees import (
+    increment,
+    inexact_only,
+    is_inexact,
+    keep_dtypes,
+    scale_leaves,
+    thaw,
+)
 
 Rate = float | jax.Array | optax.Schedule
 DecayFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -138,15 +146,15 @@ def _with_rate(
     def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(check_transformation(call, factory(rate)))
 
-    def rate_at(base: jax.Array | None, step: jax.Array) -> jax.Array:
+    def rate_at(base: Any, step: jax.Array) -> Any:
         if schedule is not None:
             return check_scalar(call, "learning_rate", schedule, schedule(step))
         if decay_fn is None:
             return base
         return check_scalar(call, "decay_fn", decay_fn, decay_fn(base, step))
 
-    def init(params: optax.Params) -> LearningRateState:
-        base = None if schedule is not None else start_rate(learning_rate)
+    def init(params: Any) -> Any:
+        base = None if callable(learning_rate) else start_rate(learning_rate)
         rate = jnp.zeros((), jnp.float32) if base is None else jnp.copy(base)
         inner = build(rate).init(inexact_only(params))
         check_rate_is_outside(call, inner)
@@ -154,13 +162,13 @@ def _with_rate(
         return LearningRateState(step, base, rate, inner)
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
-        params: optax.Params | None = None,
+        params: Any = None,
         *,
-        step: jax.Array | None = None,
+        step: Any = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, LearningRateState]:
+    ) -> tuple[Any, Any]:
         rate = rate_at(state.base, state.step if step is None else step)
         rate = jnp.asarray(rate, state.rate.dtype)
         if step is not None:
@@ -173,8 +181,7 @@ def _with_rate(
         )
         selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
         inner = keep_dtypes(inner, state.inner)
-        count = optax.safe_increment(state.step)
-        new_state = LearningRateState(count, state.base, rate, inner)
+        new_state = LearningRateState(increment(state.step), state.base, rate, inner)
         return thaw(steps, updates, selected), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -237,10 +244,11 @@ def _has_rate(node: Any) -> bool:
 
 def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
     new = jnp.array(value, old.dtype, copy=True)
-    traced = isinstance(new, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+    traced = any(isinstance(leaf, Tracer) for leaf in (new, old))
     # Placed elsewhere than the old rate, it would cost the step a new compilation.
     if not traced and getattr(old, "committed", False):
-        return jax.device_put(new, old.sharding)
+        placed: jax.Array = jax.device_put(new, old.sharding)
+        return placed
     return new
 
 

@@ -80,11 +80,11 @@ def multiply_gradients(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
         params: Any = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[Any, Any]:
         del params, extra
         if isinstance(updates, Packed):
             vectors = map_rows(multiply_rows, updates)

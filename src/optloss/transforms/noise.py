@@ -121,13 +121,13 @@ def add_gradient_noise(
         )
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
         params: Any = None,
         *,
         step: jax.Array | None = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, NoiseState]:
+    ) -> tuple[Any, Any]:
         del params, extra
         time = state.step if step is None else step
         std = scale / (1.0 + time) ** (0.5 * annealing)

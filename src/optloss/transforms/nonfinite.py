@@ -84,11 +84,11 @@ def skip_nonfinite(
         return start_skipping(inner.init(inexact_only(params)))
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
-        params: optax.Params | None = None,
+        params: Any = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, SkipNonfiniteState]:
+    ) -> tuple[Any, Any]:
         selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
         gradients = inexact_only(updates)
         trained = None if params is None else inexact_only(params)
@@ -132,7 +132,7 @@ def skip_unless(
     state: SkipNonfiniteState,
     commit: Callable[[], tuple[Any, Any]],
     keep: Callable[[Any], Any],
-) -> tuple[Any, SkipNonfiniteState]:
+) -> tuple[Any, Any]:
     """Return ``commit()`` if ``finite``, else ``keep(shapes of it)`` and the old state.
 
     A branch, not a selection: at 1e7 parameters selecting between two results took

@@ -41,17 +41,18 @@ def pack_small_leaves(
         return inner.init(pack(params, layout_of(params, size)).tree)
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: Any,
-        params: optax.Params | None = None,
+        params: Any = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[Any, Any]:
         if isinstance(updates, Packed):
             layout, gradients = updates.layout, updates.tree
         else:
             layout = layout_of(updates, size)
             gradients = pack(updates, layout).tree
         beside = None if params is None else pack(params, layout).tree
+        packed: Any
         packed, state = inner.update(gradients, state, beside, **extra)
         if isinstance(updates, Packed):
             return Packed(packed, layout), state
