@@ -1,12 +1,13 @@
 """How the site is built: ``nox -s docs``, without a network."""
 
-import importlib.metadata
 import importlib.util
+import tomllib
 from pathlib import Path
 
 project = "optloss"
 author = "The optloss authors"
-release = version = importlib.metadata.version("optloss")
+pyproject = Path(__file__).parents[1] / "pyproject.toml"
+release = version = tomllib.loads(pyproject.read_text())["project"]["version"]
 
 extensions = [
     "myst_parser",

@@ -202,6 +202,18 @@ def test_a_stair_is_on_its_step_where_float32_has_no_such_number(decay_steps):
     assert [float(stairs(first + i)) for i in (-1, 0, 1)] == [1.0, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("decay_steps", "step", "stairs"),
+    [(20.5, 40, 1), (20.5, 41, 2), (1.5, 8388517, 5592344), (2**33, 2**31 - 1, 0)],
+)
+def test_a_stair_of_a_fraction_of_steps_is_exact_too(decay_steps, step, stairs):
+    @jax.jit
+    def decay(step):
+        return decays.inverse_time_decay(1.0, step, decay_steps, 1.0, staircase=True)
+
+    assert np.round(1 / np.float64(decay(step))) == 1 + stairs
+
+
 @pytest.mark.parametrize("decay_steps", [jnp.int32(41), jnp.float32(41)])
 def test_a_traced_number_of_steps_keeps_stairs_on_their_steps(decay_steps):
     @jax.jit
@@ -270,7 +282,7 @@ def test_restarts_are_those_of_exact_arithmetic(first, growth):
 
 @pytest.mark.parametrize("traced", [False, True], ids=["tabulated", "traced"])
 @pytest.mark.parametrize("growth", [1, 1.1, 1.2, 1.5, 2])
-@pytest.mark.parametrize("first", [5, 10, 1000])
+@pytest.mark.parametrize("first", [5, 100, 1000])
 def test_a_restart_is_on_its_step(first, growth, traced):
     def decay(step, first, growth):
         return decays.cosine_decay_restarts(1.0, step, first, growth, m_mul=0.5)

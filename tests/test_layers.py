@@ -12,7 +12,7 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 # From the ground up; a package is one room. "" is the public API, `optloss` itself.
 HOUSE = (
     ("messages", "placement", "sampling", "trees"),
-    ("decays", "loss", "names", "norms", "optimizers"),
+    ("decays", "loss", "names", "norms", "optimizers", "rates"),
     ("packed", "summaries"),
     ("transforms",),
     ("stages",),

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from optloss import make_optimizer, optimize_loss
@@ -77,46 +78,47 @@ def trained(optimizer, dtype):
 def test_it_trains_and_no_type_changes(optimizer, record_property):
     start, last, losses, _ = trained(optimizer, jnp.bfloat16)
     assert kinds(last) == kinds(start)
-    assert {leaf.dtype for leaf in jax.tree.leaves(last.params)} == {jnp.bfloat16}
-    assert all(np.isfinite(np.float32(leaf)).all() for leaf in jax.tree.leaves(last))
+    for leaf in jax.tree.leaves(last):
+        assert np.isfinite(np.float32(leaf)).all()
+    for leaf in jax.tree.leaves(last.params):
+        assert leaf.dtype == jnp.bfloat16
     assert losses[-20:].mean() < losses[:3].mean() / 2
     _, _, wide, _ = trained(optimizer, jnp.float32)
-    deviation = np.abs(losses / wide - 1)
-    record_property("largest deviation from float32", f"{deviation.max():.1%}")
-    print(
-        optimizer,
-        f"{deviation.max():.1%} {deviation.mean():.1%}",
-        losses[:3].mean(),
-        losses[-20:].mean(),
-    )
+    deviation = np.abs(losses / wide - 1).max()
+    record_property("largest deviation of the loss", f"{deviation:.1%}")
+    # Lion's steps are all of one length: a sign that flips is a whole step.
+    assert deviation < (0.6 if optimizer == "lion" else 0.15)
 
 
 def ulp(values):
-    """The distance from one bfloat16 number to the next, near ``values``."""
+    """Return the distance to the next bfloat16 number beside each of ``values``."""
     return 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 1e-30))) - 7)
 
 
+def in_float32(tree):
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf,
+        tree,
+    )
+
+
 @every_optimizer
-def test_a_single_update_is_float32s(optimizer):
-    transform = make_optimizer(RATES[optimizer], optimizer, clip_gradients=1.0)
-    update = jax.jit(transform.update)
-    _, _, _, states = trained(optimizer, jnp.bfloat16)
-    xs, ys = batches()
-    worst = 0
+def test_a_single_update_is_that_of_float32(optimizer):
+    transform = make_optimizer(RATES[optimizer], optimizer)
+
+    @jax.jit
+    def step(gradients, opt_state, params):
+        updates, _ = transform.update(gradients, opt_state, params)
+        return updates, optax.apply_updates(params, updates)
+
+    states = trained(optimizer, jnp.bfloat16)[-1]
     for at in (0, 1, 10, 100, STEPS - 2):
         state = jax.tree.map(lambda leaf, at=at: leaf[at], states)
-        params = state.params
-        gradients = jax.grad(loss)(params, xs[at + 1], ys[at + 1])
-        wide, wide_state, wide_gradients = jax.tree.map(
-            lambda leaf: (
-                leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
-            ),
-            (params, state.opt_state, gradients),
-        )
-        narrow_update, _ = update(gradients, state.opt_state, params)
-        wide_update, _ = update(wide_gradients, wide_state, wide)
-        for name, expected in wide_update.items():
-            error = np.abs(np.float32(narrow_update[name]) - expected) / ulp(expected)
-            worst = max(worst, error.max())
-    print(optimizer, "worst ulp", worst)
-    assert worst <= 2
+        gradients = jax.grad(loss)(state.params, *(b[at + 1] for b in batches()))
+        opt_state = state.opt_state._replace(clip=optax.EmptyState())
+        inputs = (gradients, opt_state, state.params)
+        narrow, wide = step(*inputs), step(*in_float32(inputs))
+        for found, expected in zip(narrow, wide, strict=True):
+            for name, exact in expected.items():
+                error = np.abs(np.float32(found[name]) - exact)
+                assert (error <= 2 * ulp(exact)).all()

@@ -95,13 +95,13 @@ def test_rules_of_every_kind_and_the_first_that_matches():
         ),
         (
             functools.partial(optloss.multiply_gradients, {1: 1.0}),
-            "multiply_gradients(multipliers={1: 1.0}): the key 1 is neither a name nor a "
-            "compiled pattern.",
+            "multiply_gradients(multipliers={1: 1.0}): the key 1 is neither a name nor "
+            "a compiled pattern.",
         ),
         (
             functools.partial(optloss.multiply_gradients, {"w": NAN}),
-            "multiply_gradients(multipliers['w']=nan): must be a finite real number or a "
-            "0-d array.",
+            "multiply_gradients(multipliers['w']=nan): must be a finite real number or "
+            "a 0-d array.",
         ),
         (
             functools.partial(multiplied, {"kernal": 1.0}, {"kernel": 1.0}),
@@ -184,14 +184,14 @@ def test_a_rate_multiplier_is_felt_under_every_optimizer(optimizer):
         np.testing.assert_array_equal(scaled["body"][name], plain["body"][name])
 
 
-# By how much the head's path over the first 100 updates shrinks when the gradient is
-# multiplied by 0.1; the documentation of `gradient_multipliers` quotes these.
+# How long the head's path is over the first 100 and the first 1,000 updates with its
+# gradient multiplied by 0.1, against without: `gradient_multipliers` quotes these.
 SHARE_OF_THE_PATH = {
-    "SGD": 0.1,
-    "Momentum": 0.1,
-    "Adam": 1.0,
-    "Adagrad": 0.56,
-    "RMSProp": 0.78,
+    "SGD": (0.1, 0.1),
+    "Momentum": (0.1, 0.1),
+    "Adam": (1.0, 1.0),
+    "Adagrad": (0.77, 0.92),
+    "RMSProp": (0.68, 0.97),
 }
 
 
@@ -202,10 +202,10 @@ def path_of_the_head(optimizer, **arguments):
         moved, _ = train_op.update(state, batch)
         return moved, moved.params["head"] - state.params["head"]
 
-    batches = jax.random.normal(jax.random.key(0), (100, 2, 64))
+    batches = jax.random.normal(jax.random.key(0), (1000, 2, 64))
     params = {"head": jnp.zeros(64), "body": jnp.zeros(64)}
     _, moves = jax.lax.scan(step, train_op.init(params), batches)
-    return float(jnp.sum(jnp.abs(moves)))
+    return np.array([np.abs(moves[:steps]).sum() for steps in (100, 1000)])
 
 
 def linear_loss(params, batch):
@@ -218,5 +218,7 @@ def test_a_gradient_multiplier_is_nearly_undone_by_adam_and_its_like(optimizer):
     plain = path_of_the_head(optimizer)
     on_gradients = path_of_the_head(optimizer, gradient_multipliers={"head": 0.1})
     on_updates = path_of_the_head(optimizer, learning_rate_multipliers={"head": 0.1})
-    assert on_gradients / plain == pytest.approx(SHARE_OF_THE_PATH[optimizer], abs=0.01)
-    assert on_updates / plain == pytest.approx(0.1, rel=1e-5)
+    np.testing.assert_allclose(
+        on_gradients / plain, SHARE_OF_THE_PATH[optimizer], atol=0.006
+    )
+    np.testing.assert_allclose(on_updates / plain, 0.1, rtol=1e-3)

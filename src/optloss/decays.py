@@ -529,10 +529,9 @@ def _computed_cycle(
 
     logs = jnp.log1p(jnp.where(over, 0, c * excess)) / jnp.where(level, 1, base)
     cycle = jnp.floor(jnp.where(level, c, logs))
-    # The logarithms are rounded, too: see whether the next cycle, or this, has started.
+    # The logarithms are rounded, and so is the start: better early than at the old end.
     reached = c * (1 + 8 * jnp.finfo(step.dtype).eps)
     cycle += (start(cycle + 1) <= reached).astype(step.dtype)
-    cycle -= (start(cycle) > reached).astype(step.dtype)
     share = jnp.clip((c - start(cycle)) * jnp.exp(-cycle * base), 0, 1)
     return jnp.where(over, 0, cycle), jnp.where(over, 1, share)
 

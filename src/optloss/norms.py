@@ -190,3 +190,30 @@ def agree(finite: jax.Array, axis_name: str | Axes | None) -> jax.Array:
         return finite
     refusals: jax.Array = jax.lax.psum(jnp.logical_not(finite).astype(jnp.int32), over)
     return refusals == 0
+
+
+def branch(
+    pred: jax.Array, on_true: Callable[[], Any], on_false: Callable[[], Any]
+) -> Any:
+    """Return ``on_true()`` if ``pred``, else ``on_false()``: ``jax.lax.cond``.
+
+    That refuses branches of which one is replicated where the other is sharded, which
+    under ``shard_map`` are different types. Here the result counts as sharded then.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return jax.lax.cond(pred, on_true, on_false)
+    over = jax.tree.map(
+        lambda *leaves: _varying_axes_of(leaves),
+        jax.eval_shape(on_true),
+        jax.eval_shape(on_false),
+    )
+
+    def spread(leaf: jax.Array, axes: set[str]) -> jax.Array:
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.lax.cond(
+        pred,
+        lambda: jax.tree.map(spread, on_true(), over),
+        lambda: jax.tree.map(spread, on_false(), over),
+    )

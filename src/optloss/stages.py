@@ -18,12 +18,9 @@ from optloss.messages import check_int, check_number, refusal, show
 from optloss.names import Pattern
 from optloss.names import check_variables as check_variables
 from optloss.optimizers.registry import get_factory, title
+from optloss.rates import check_scalar, check_transformation
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
-from optloss.transforms.learning_rate import (
-    check_scalar,
-    check_transformation,
-    inject_learning_rate,
-)
+from optloss.transforms.learning_rate import inject_learning_rate
 from optloss.transforms.multipliers import check_multipliers, multiply_gradients
 from optloss.transforms.noise import add_gradient_noise, check_key
 from optloss.transforms.packing import is_elementwise

@@ -56,6 +56,11 @@ def strong(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
 
 
+def widen(tree: Any) -> Any:
+    """Return ``tree`` with its half-precision leaves in float32."""
+    return map_inexact(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), tree)
+
+
 def scale_leaves(tree: Any, factor: float | jax.Array) -> Any:
     """Multiply the inexact leaves of ``tree`` by a real ``factor``, keeping dtypes.
 

@@ -1,4 +1,4 @@
-"""A model small enough for eight fake devices, and what the devices say to each other."""
+"""A model small enough for eight fake devices, and what those say to each other."""
 
 import collections
 import contextlib

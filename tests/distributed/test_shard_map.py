@@ -291,6 +291,36 @@ def test_the_loss_of_one_device_makes_all_skip(check_vma):
     assert np.all(total == 1)
 
 
+def test_devices_may_train_apart():
+    """Eight runs, one a device, that share nothing: no axis is named."""
+    op = optloss.optimize_loss(
+        loss,
+        0,
+        0.01,
+        "adam",
+        clip_gradients=1.0,
+        skip_nonfinite=True,
+        summaries=optloss.OPTIMIZER_SUMMARIES,
+        histogram_every=2,
+    )
+    ((x, y),) = make_batches(1, rows=64)
+    x[17, 3] = np.nan
+    states = jax.tree.map(lambda leaf: np.stack([leaf] * 8), op.init(make_params()))
+
+    def step(state, x, y):
+        state, output = op.update(jax.tree.map(lambda leaf: leaf[0], state), x, y)
+        return jax.tree.map(lambda leaf: leaf[None], (state, output))
+
+    apart = jax.shard_map(
+        step, mesh=line(AUTO), in_specs=P("data"), out_specs=P("data")
+    )
+    states, output = jax.jit(apart)(states, x, y)
+    assert list(states.opt_state.total) == [0, 0, 1, 0, 0, 0, 0, 0]
+    state, alone = op(op.init(make_params()), x[:8], y[:8])
+    first = jax.tree.map(lambda leaf: leaf[0], (states.params, output.summaries))
+    assert distance(first, (state.params, alone.summaries)) < 1e-5
+
+
 def draw(leaves, specs, axis_name=AXES, **options):
     """Noise on zeros, as each of eight devices adds it to its part."""
     noise = optloss.add_gradient_noise(1.0, key=5, axis_name=axis_name)

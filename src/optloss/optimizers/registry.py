@@ -39,7 +39,6 @@ OPTAX_NAMES = (
     "nadamw",
     "noisy_sgd",
     "novograd",
-    "optimistic_adam",
     "optimistic_adam_v2",
     "optimistic_gradient_descent",
     "polyak_sgd",

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optloss.messages import check_number, is_array, refusal, show
+from optloss.messages import is_array, refusal, show
+from optloss.rates import (
+    check_rate,
+    check_rate_is_outside,
+    check_rate_number,
+    check_scalar,
+    check_transformation,
+)
 from optloss.summaries import LEARNING_RATE
 from optloss.trees import (
     increment,
@@ -17,6 +24,7 @@ from optloss.trees import (
     keep_dtypes,
     scale_leaves,
     thaw,
+    widen,
 )
 
 Rate = float | jax.Array | optax.Schedule
@@ -107,9 +115,9 @@ def inject_learning_rate(
     Returns:
         A transform with a :class:`~optloss.transforms.learning_rate.LearningRateState`
         around the optimizer's state. That keeps the dtypes it started with, which some
-        of optax's optimizers let drift for bfloat16 parameters. Updates may be float32
-        for half-precision leaves until they are applied. Leaves that are not floating
-        or complex are passed by the optimizer.
+        of optax's optimizers let drift for bfloat16 parameters. Updates of
+        half-precision leaves are computed in float32, and may stay so until they are
+        applied. Leaves that are not floating or complex are passed by the optimizer.
 
     Raises:
         ValueError: As :func:`scale_by_learning_rate`; if ``factory`` is not callable,
@@ -134,7 +142,22 @@ def inject_learning_rate(
             factory,
             "must be a function of the learning rate, such as optax.adam.",
         )
-    return _with_rate("inject_learning_rate", factory, learning_rate, decay_fn)
+
+    def build(rate: jax.Array) -> optax.GradientTransformation:
+        return _in_float32(check_transformation("inject_learning_rate", factory(rate)))
+
+    return _with_rate("inject_learning_rate", build, learning_rate, decay_fn)
+
+
+def _in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
+    # In bfloat16, a decay of 0.999 is 1, and a difference of moments mostly rounding.
+    update = optax.with_extra_args_support(inner).update
+    return optax.GradientTransformationExtraArgs(
+        inner.init,
+        lambda updates, state, params=None, **extra: update(
+            widen(updates), widen(state), widen(params), **extra
+        ),
+    )
 
 
 def _with_rate(
@@ -144,7 +167,7 @@ def _with_rate(
     schedule = learning_rate if callable(learning_rate) else None
 
     def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(check_transformation(call, factory(rate)))
+        return optax.with_extra_args_support(factory(rate))
 
     def rate_at(base: Any, step: jax.Array) -> Any:
         if schedule is not None:
@@ -218,7 +241,7 @@ def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
         >>> print(set_learning_rate(state, 0.01).base)
         0.01
     """
-    _check_rate_number("set_learning_rate", "value", value)
+    check_rate_number("set_learning_rate", "value", value)
     nodes, structure = jax.tree.flatten(state, is_leaf=_has_rate)
     places = [i for i, node in enumerate(nodes) if _has_rate(node)]
     if not places or any(nodes[i].base is None for i in places):
@@ -250,73 +273,3 @@ def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
         placed: jax.Array = jax.device_put(new, old.sharding)
         return placed
     return new
-
-
-def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
-    """Refuse what is neither a rate nor a schedule, and a schedule with a decay."""
-    if decay_fn is not None and not callable(decay_fn):
-        raise refusal(
-            call, "decay_fn", decay_fn, "must be a function (rate, step) -> rate."
-        )
-    if callable(learning_rate) and not isinstance(learning_rate, type):
-        if decay_fn is not None:
-            raise refusal(
-                call,
-                "learning_rate",
-                learning_rate,
-                "a schedule and a decay function exclude each other. Give a number.",
-            )
-        return
-    _check_rate_number(call, "learning_rate", learning_rate)
-
-
-def _check_rate_number(call: str, argument: str, value: Any) -> None:
-    check_number(
-        call,
-        argument,
-        value,
-        lambda number: 0 <= number < float("inf"),
-        "a finite real number >= 0 or a 0-d array.",
-    )
-
-
-def check_transformation(call: str, result: Any) -> Any:
-    """Return what an optimizer's factory made if it has ``init`` and ``update``."""
-    if isinstance(result, type) or not (
-        callable(getattr(result, "init", None))
-        and callable(getattr(result, "update", None))
-    ):
-        raise ValueError(
-            f"{call}: the optimizer's function returned {show(result)}, which is no "
-            "optax transformation. Return one, such as optax.sgd(rate)."
-        )
-    return result
-
-
-def check_rate_is_outside(call: str, inner: Any) -> None:
-    """Refuse the state of ``optax.inject_hyperparams``, which keeps its first rate."""
-    if any(
-        hasattr(node, "hyperparams")
-        for node in jax.tree.leaves(inner, is_leaf=lambda n: hasattr(n, "hyperparams"))
-    ):
-        raise ValueError(
-            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
-            "state would keep the first learning rate for ever. Pass it unwrapped."
-        )
-
-
-def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
-    """Refuse what a schedule or decay function returned unless it is a real scalar."""
-    dtype = getattr(result, "dtype", None)
-    shape = getattr(result, "shape", ())
-    real = isinstance(result, (int, float)) if dtype is None else is_real(dtype)
-    if shape != () or not real or isinstance(result, bool):
-        raise refusal(
-            call, argument, fn, f"must return a real scalar, returned {show(result)}."
-        )
-    return result
-
-
-def is_real(dtype: Any) -> bool:
-    """Tell whether ``dtype`` is an integer or real floating one."""
-    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)

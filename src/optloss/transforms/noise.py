@@ -1,5 +1,7 @@
 """Gaussian noise on the gradient."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +11,11 @@ import optax
 
 from optloss.messages import check_number, is_array, refusal
 from optloss.names import leaf_names
-from optloss.norms import varying_axes
-from optloss.sampling import draw_normals, split_key
+from optloss.norms import Axes, varying_axes
+from optloss.packed import ROW, Packed, PackedTree
+from optloss.sampling import Rows, add_normals, split_key
 from optloss.summaries import NOISE_STD
-from optloss.trees import accumulator_dtype, is_inexact, real_dtype
+from optloss.trees import increment, is_inexact
 
 DISTRIBUTIONS = ("normal", "truncated_normal")
 
@@ -132,41 +135,60 @@ def add_gradient_noise(
         time = state.step if step is None else step
         std = scale / (1.0 + time) ** (0.5 * annealing)
         new_state = NoiseState(
-            step=optax.safe_increment(state.step),
+            step=increment(state.step),
             key=state.key,
             noise_std=jnp.asarray(std, jnp.float32),
         )
         if silent:
             return updates, new_state
-        impl = split_key(key)[1]
-        leaves, structure = jax.tree.flatten(updates)
-        places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-        names = leaf_names(updates)
-        draws = draw_normals(
-            state.key,
-            impl,
-            state.step,
-            [names[i] for i in places],
-            [leaves[i] for i in places],
+        add = functools.partial(
+            add_normals,
+            std=std,
+            key_data=state.key,
+            impl=split_key(key)[1],
+            step=state.step,
             distribution=distribution,
-            salts=[_shard_index(leaves[i], axes) for i in places],
         )
-        for i, z in zip(places, draws, strict=True):
-            leaves[i] = _add(leaves[i], std, z)
-        return jax.tree.unflatten(structure, leaves), new_state
+        return _add_to(updates, add, axes), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _add(leaf: jax.Array, std: Any, z: jax.Array) -> jax.Array:
-    wide = accumulator_dtype(leaf.dtype)
-    std = jnp.asarray(std, real_dtype(wide))
-    return (leaf.astype(wide) + std * z.astype(wide)).astype(leaf.dtype)
+def _add_to(updates: Any, add: Callable[..., list[jax.Array]], axes: Axes) -> Any:
+    tree = updates.tree.large if isinstance(updates, Packed) else updates
+    leaves, structure = jax.tree.flatten(tree)
+    names: list[str | Rows] = [*leaf_names(tree)]
+    if isinstance(updates, Packed):
+        for dtype, slots in updates.layout.vectors:
+            leaves.append(updates.tree.vectors[dtype].reshape(-1, ROW))
+            named = tuple(slot.name for slot in slots)
+            names.append(Rows(named, tuple(slot.size for slot in slots)))
+    places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    noisy = add(
+        [leaves[i] for i in places],
+        names=[names[i] for i in places],
+        salts=_shard_indices([leaves[i] for i in places], axes),
+    )
+    for i, leaf in zip(places, noisy, strict=True):
+        leaves[i] = leaf
+    large = jax.tree.unflatten(structure, leaves[: structure.num_leaves])
+    if not isinstance(updates, Packed):
+        return large
+    vectors = {
+        dtype: rows.reshape(-1)
+        for (dtype, _), rows in zip(
+            updates.layout.vectors, leaves[structure.num_leaves :], strict=True
+        )
+    }
+    return Packed(PackedTree(vectors, large), updates.layout)
 
 
-def _shard_index(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array | None:
-    over = varying_axes(leaf, axes)
-    return jax.lax.axis_index(over).astype(jnp.uint32) if over else None
+def _shard_indices(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
+    @functools.cache
+    def index(over: Axes) -> jax.Array | None:
+        return jax.lax.axis_index(over).astype(jnp.uint32) if over else None
+
+    return [index(varying_axes(leaf, axes)) for leaf in leaves]
 
 
 def check_key(call: str, argument: str, key: Any) -> None:

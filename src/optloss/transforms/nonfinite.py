@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.messages import refusal
-from optloss.norms import agree, global_norm
+from optloss.norms import agree, branch, global_norm
 from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_TOTAL
 from optloss.trees import (
     inexact_only,
@@ -139,7 +139,7 @@ def skip_unless(
     three times as long as the update.
     """
     shapes, _ = jax.eval_shape(commit)
-    result, inner = jax.lax.cond(finite, commit, lambda: (keep(shapes), state.inner))
+    result, inner = branch(finite, commit, lambda: (keep(shapes), state.inner))
     skipped = jnp.logical_not(finite)
     return result, SkipNonfiniteState(
         total=state.total + skipped,

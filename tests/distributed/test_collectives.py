@@ -1,0 +1,151 @@
+"""What the library adds to the collectives of the model, counted in the HLO."""
+
+import math
+
+import jax
+import pytest
+from distributed.meshes import (
+    AUTO,
+    EXPLICIT,
+    MIXED,
+    REPLICATED,
+    SHARDED,
+    Collective,
+    collectives,
+    entered,
+    line,
+    loss_on,
+    make_batches,
+    make_mesh,
+    make_params,
+    manual_loss,
+    put,
+    specs_of,
+)
+from jax.sharding import PartitionSpec as P
+
+import optloss
+
+MEASURED = {
+    "clip_gradients": 1.0,
+    "skip_nonfinite": True,
+    "summaries": ["loss", "learning_rate", "global_gradient_norm"],
+}
+BARE = {"summaries": []}
+LEAVES = 4
+ON_A_PLANE = {
+    "embedding": P("data", "model"),
+    "dense": {"kernel": P("data", "model"), "bias": P("model")},
+    "scale": P(),
+}
+MESHES = {
+    "line": ((8,), ("data",), SHARDED),
+    "plane": ((4, 2), ("data", "model"), ON_A_PLANE),
+}
+
+
+def under_jit(mesh, specs, options):
+    op = optloss.optimize_loss(loss_on(mesh), 0, 0.1, "adam", **options)
+    with entered(mesh):
+        state = op.init(put(make_params(), mesh, specs))
+        batch = put(make_batches(1)[0], mesh, P("data"))
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(op.update, out_shardings=(placed, None))
+        return collectives(step.lower(state, *batch).compile())
+
+
+def under_shard_map(specs, options, check_vma=True):
+    op = optloss.optimize_loss(
+        manual_loss(specs), 0, 0.1, "adam", axis_name="data", **options
+    )
+    state = op.init(make_params())
+    spread = specs_of(state, specs)
+    step = jax.shard_map(
+        op.update,
+        mesh=line(AUTO),
+        in_specs=(spread, P("data"), P("data")),
+        out_specs=(spread, P()),
+        check_vma=check_vma,
+    )
+    return collectives(jax.jit(step).lower(state, *make_batches(1)[0]).compile())
+
+
+@pytest.mark.parametrize(("shape", "names", "specs"), MESHES.values(), ids=MESHES)
+def test_with_explicit_axes_it_is_one_all_reduce_of_a_scalar(shape, names, specs):
+    mesh = make_mesh(shape, names, EXPLICIT)
+    bare, full = (under_jit(mesh, specs, options) for options in (BARE, MEASURED))
+    assert bare - full == {}
+    assert full - bare == {Collective("all-reduce", 1, 4): 1}
+
+
+@pytest.mark.parametrize(("shape", "names", "specs"), MESHES.values(), ids=MESHES)
+def test_with_auto_axes_it_is_one_combined_instruction_a_set_of_axes(
+    shape, names, specs
+):
+    mesh = make_mesh(shape, names, AUTO)
+    bare, full = (under_jit(mesh, specs, options) for options in (BARE, MEASURED))
+    assert bare - full == {}
+    added = [*(full - bare).elements()]
+    used = {axis for spec in jax.tree.leaves(specs) for axis in spec}
+    assert 1 <= len(added) <= len(used)
+    for one in added:
+        assert one.kind == "all-reduce"
+        assert one.bytes <= 4 * LEAVES
+
+
+@pytest.mark.parametrize("specs", [SHARDED, MIXED], ids=["sharded", "mixed"])
+def test_under_shard_map_it_is_one_all_reduce_of_a_scalar(specs):
+    bare, full = (under_shard_map(specs, options) for options in (BARE, MEASURED))
+    assert bare - full == {}
+    assert full - bare == {Collective("all-reduce", 1, 4): 1}
+
+
+def test_where_types_say_nothing_the_loss_is_asked_after_as_well():
+    bare, full = (
+        under_shard_map(SHARDED, options, check_vma=False)
+        for options in (BARE, MEASURED)
+    )
+    assert full - bare == {Collective("all-reduce", 1, 4): 2}
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_data_parallel_training_adds_nothing(kind):
+    bare, full = (
+        under_jit(line(kind), REPLICATED, options) for options in (BARE, MEASURED)
+    )
+    assert full == bare
+    assert sum(full.values()) == 1
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_noise_is_drawn_where_it_is_added(kind):
+    noisy = {**BARE, "gradient_noise_scale": 0.1}
+    bare, full = (under_jit(line(kind), SHARDED, options) for options in (BARE, noisy))
+    assert full == bare
+
+
+def test_under_shard_map_noise_is_drawn_where_it_is_added():
+    noisy = {**BARE, "gradient_noise_scale": 0.1}
+    bare, full = (under_shard_map(MIXED, options) for options in (BARE, noisy))
+    assert full == bare
+
+
+def test_the_counter_sees_what_is_there():
+    """Against a program whose collectives are known."""
+
+    def reduce(x, y):
+        return jax.lax.psum((x, y), "data"), jax.lax.all_gather(x, "data")
+
+    program = jax.shard_map(
+        reduce,
+        mesh=line(AUTO),
+        in_specs=P("data"),
+        out_specs=((P(), P()), P()),
+        check_vma=False,
+    )
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((8, 3), (16,))]
+    found = collectives(jax.jit(program).lower(*shapes).compile())
+    assert found == {
+        Collective("all-reduce", 2, 4 * (3 + 2)): 1,
+        Collective("all-gather", 1, 4 * math.prod((8, 3))): 1,
+    }
