@@ -99,7 +99,7 @@ def batch_of(step, mesh):
 
 
 def train(layout, steps, folder):
-    """Train to ``steps`` from the latest checkpoint in ``folder``, and save the last."""
+    """Train to ``steps`` from the latest checkpoint in ``folder``, and save there."""
     devices = (jax.device_count(),)
     mesh = jax.make_mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     train_op = optloss.optimize_loss(

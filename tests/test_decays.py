@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import re
 from fractions import Fraction
 
@@ -297,6 +298,16 @@ def test_a_restart_is_on_its_step(first, growth, traced):
             if cycle:
                 assert decay(int(start) - 1, first, growth) < 0.3 * 0.5 ** (cycle - 1)
         start, length = start + length, length * Fraction(str(growth))
+
+
+def test_a_traced_restart_is_never_late():
+    decay = functools.partial(decays.cosine_decay_restarts, 1.0)
+    decay = jax.jit(jax.vmap(decay, (0, None, None)))
+    for first, growth in itertools.product((50, 100, 243, 10_000), (1.1, 1.2, 1.5, 2)):
+        exact = Fraction(str(growth))
+        starts = [first * sum(exact**i for i in range(cycle)) for cycle in range(7)]
+        steps = jnp.array([int(s) if s.denominator == 1 else 0 for s in starts])
+        np.testing.assert_allclose(decay(steps, first, growth), 1, 1e-5)
 
 
 def test_the_originals_float32_accident_is_not_repeated():

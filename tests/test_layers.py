@@ -11,6 +11,7 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
 # From the ground up; a package is one room. "" is the public API, `optloss` itself.
 HOUSE = (
+    ("normals",),
     ("messages", "placement", "sampling", "trees"),
     ("decays", "loss", "names", "norms", "optimizers", "rates"),
     ("packed", "summaries"),

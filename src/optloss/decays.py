@@ -256,7 +256,7 @@ def cosine_decay_restarts(
         the rate is 0 for a step. Here the starts of the cycles are tabulated in double
         precision. A ``first_decay_steps`` or ``t_mul`` that is traced, or a ``t_mul``
         below 1 or less than 0.5 % above it, leaves them to the rate's dtype: in float32
-        a restart may then be early by a millionth of its step.
+        a restart may then be early by about a millionth of its step.
 
     Example:
         >>> print(cosine_decay_restarts(0.5, 220, first_decay_steps=100, t_mul=1.2))
@@ -533,7 +533,7 @@ def _computed_cycle(
     reached = c * (1 + 8 * jnp.finfo(step.dtype).eps)
     cycle += (start(cycle + 1) <= reached).astype(step.dtype)
     share = jnp.clip((c - start(cycle)) * jnp.exp(-cycle * base), 0, 1)
-    return jnp.where(over, 0, cycle), jnp.where(over, 1, share)
+    return cycle, share
 
 
 def _normal(key: Any, step: jax.Array, dtype: Any) -> jax.Array:

@@ -1,0 +1,172 @@
+r"""From a counter to a normal number, in few operations that all go elementwise.
+
+A counter of two words is hashed under a key of two words by threefry2x32, here with 13
+rounds: JAX has 20, but from 13 on no statistical flaw of the hash is known, and it is
+the dearest part. The two words :math:`r_0, r_1` that come out make one normal by the
+method of Box and Muller,
+
+.. math:: z = \sqrt{-2 \ln u} \, \sin(\tfrac{\pi}{2} x), \qquad
+    u = 2^{-32} (r_0 + \tfrac{1}{2}), \quad x = 2^{-31} r_1
+
+with :math:`r_1` read as a signed number. Logarithm and sine are polynomials of our own,
+:math:`z` is right to 3e-6 of itself, finite for all words and at most 6.77. A normal
+truncated at :math:`\pm 2` is the inverse of its distribution function at
+:math:`2^{-31} r_0`, a rational function in the manner of Giles. A float64 is the exact
+inverse of either distribution function at 63 bits and a sign.
+
+For 1e7 float32 normals added to as many numbers, on one core of an AVX-512 machine, in
+milliseconds (adding a constant takes 4):
+
+====================================================  ====
+``jax.random.normal``, its threefry a loop in memory    85
+threefry of 20 rounds unrolled, ``lax.erf_inv``         44
+... a rational function of the logarithm                24
+... Box and Muller                                      21
+threefry of 13 rounds, Box and Muller                   16
+====================================================  ====
+
+Drawing two normals from one hash, the cosine beside the sine, would halve the hashes,
+but neighbours would share one and XLA's CPU compiler does not vectorise that.
+
+References:
+    Salmon, Moraes, Dror and Shaw, *Parallel random numbers: as easy as 1, 2, 3*, 2011;
+    on the rounds, the notes in ``threefry.h`` of their library Random123. Box and
+    Muller, *A note on the generation of random normal deviates*, 1958. Giles,
+    *Approximating the erfinv function*, 2010; our rational is in :math:`1 - x^2`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Words = tuple[jax.Array, jax.Array]
+
+ROUNDS = 13
+ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+PARITY = 0x1BD11BDA
+SIGN = 0x80000000
+
+CUT = 2.0
+"""Where the truncated normal ends."""
+
+CUT_PROBABILITY = math.erf(CUT / math.sqrt(2.0))
+
+# Minimax fits: 2 (log(2) y - log(1 + y)) / (y - y^2) on [0, 1]; sin(pi x / 2) / x in
+# x^2; the truncated quantile divided by x in 1 - x^2.
+LOG = (
+    *(-0.613619149, 0.384377688, -0.266091764),
+    *(0.168217883, -0.0754438043, 0.0162659865),
+)
+SINE = (1.57079482, -0.645921111, 0.07948789, -0.00436257431)
+NUMERATOR = (3.02733469, 89.9695969, 320.046387, 144.597488)
+DENOMINATOR = (1.0, 41.5741997, 214.666946, 176.562958, 11.1290379)
+
+
+def normals(key: Words, count: Words, dtype: Any, distribution: str) -> jax.Array:
+    """Return the draws that belong to the counters ``count`` under ``key``.
+
+    Args:
+        key: Two uint32 arrays that broadcast against the counters.
+        count: Two uint32 arrays.
+        dtype: float32 or float64.
+        distribution: ``"normal"`` or ``"truncated_normal"``.
+    """
+    words = threefry(key, count)
+    if dtype == jnp.float64:
+        return exact_quantile(words, distribution)
+    if distribution == "normal":
+        return box_muller(words)
+    return truncated_quantile(words)
+
+
+def threefry(key: Words, count: Words) -> Words:
+    """Return the threefry2x32 hash, of 13 rounds, of ``count`` under ``key``."""
+    k0, k1 = key
+    schedule = (k0, k1, k0 ^ k1 ^ jnp.uint32(PARITY))
+    x0, x1 = count[0] + k0, count[1] + k1
+    for i in range(ROUNDS):
+        left = ROTATIONS[i % 8]
+        x0 = x0 + x1
+        x1 = x0 ^ ((x1 << jnp.uint32(left)) | (x1 >> jnp.uint32(32 - left)))
+        if i % 4 == 3:
+            turn = i // 4 + 1
+            x0 = x0 + schedule[turn % 3]
+            x1 = x1 + (schedule[(turn + 1) % 3] + jnp.uint32(turn))
+    return x0, x1
+
+
+def box_muller(words: Words) -> jax.Array:
+    """Return a float32 normal for each pair of ``words``."""
+    u = words[0].astype(jnp.float32) * 2.0**-32 + 2.0**-33
+    # A float read as an integer is its logarithm, but for a function of its fraction.
+    bits = lax.bitcast_convert_type(u, jnp.int32)
+    linear = (0x3F800000 - bits).astype(jnp.float32) * (math.log(2.0) * 2.0**-22)
+    y = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32) - 1
+    radius = jnp.sqrt((y - y * y) * _polynomial(LOG, y) + linear)
+    x = _signed(words[1]) * 2.0**-31
+    return radius * (x * _polynomial(SINE, x * x))
+
+
+def truncated_quantile(words: Words) -> jax.Array:
+    """Return a float32 normal within the cut for each pair of ``words``."""
+    x = _signed(words[0]) * (2.0**-31 * CUT_PROBABILITY)
+    s = 1 - x * x
+    z = x * (_polynomial(NUMERATOR, s) / _polynomial(DENOMINATOR, s))
+    edge = np.nextafter(np.float32(CUT), np.float32(0))
+    return jnp.clip(z, -edge, edge)
+
+
+def exact_quantile(words: Words, distribution: str) -> jax.Array:
+    """Return a float64 normal for each pair of ``words``."""
+    high, low = (word.astype(jnp.uint64) for word in words)
+    u = (((high & jnp.uint64(SIGN - 1)) << jnp.uint64(32)) | low).astype(jnp.float64)
+    u = (u + 0.5) * 2.0**-63
+    if distribution == "truncated_normal":
+        u = u * CUT_PROBABILITY + (1 - CUT_PROBABILITY)
+    magnitude = -jax.scipy.special.ndtri(0.5 * u)
+    if distribution == "truncated_normal":
+        magnitude = jnp.minimum(magnitude, np.nextafter(CUT, 0.0))
+    return jnp.where(words[0] >= jnp.uint32(SIGN), -magnitude, magnitude)
+
+
+def counters(like: jax.Array) -> Words:
+    """Return for each element two words of its index, unique beyond 2**32, too."""
+    first = like.ndim
+    while first and math.prod(like.shape[first - 1 :]) <= 2**32:
+        first -= 1
+    return _index(like, range(first)), _index(like, range(first, like.ndim))
+
+
+def _index(like: jax.Array, dimensions: range) -> jax.Array:
+    total: jax.Array = jnp.uint32(0)
+    stride = 1
+    for dimension in reversed(dimensions):
+        index = lax.broadcasted_iota(
+            jnp.uint32, like.shape, dimension, out_sharding=explicit_sharding(like)
+        )
+        total = total + index * jnp.uint32(stride)
+        stride *= like.shape[dimension]
+    return total
+
+
+def explicit_sharding(like: jax.Array) -> Any:
+    """Return the sharding that the type of ``like`` tells, None if it tells none."""
+    sharding = jax.typeof(like).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if explicit else None
+
+
+def _signed(word: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(word, jnp.int32).astype(jnp.float32)
+
+
+def _polynomial(coefficients: Sequence[float], x: jax.Array) -> jax.Array:
+    value = jnp.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient
+    return value

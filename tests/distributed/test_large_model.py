@@ -1,0 +1,108 @@
+"""The simulation of a large model, in small: eight devices, two layers."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from distributed.meshes import AUTO, make_mesh
+
+import optloss
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "large_model.py"
+
+
+@pytest.fixture(scope="module")
+def large_model():
+    if not SCRIPT.exists():
+        pytest.skip("the benchmarks are not part of this distribution")
+    spec = importlib.util.spec_from_file_location("large_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["large_model"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["large_model"]
+
+
+@pytest.fixture(scope="module")
+def small(large_model):
+    return large_model.Size(layers=2, width=256, hidden=704, heads=4, vocabulary=512)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh((4, 2), ("data", "model"), AUTO)
+
+
+@pytest.fixture(scope="module")
+def row(large_model, small, mesh):
+    return large_model.measure(small, mesh, large_model.STEPS["clip + adam"], length=1)
+
+
+def test_seven_billion_parameters_in_291_leaves(large_model, mesh):
+    leaves = jax.tree.leaves(large_model.shapes_of(large_model.Size(), mesh))
+    assert len(leaves) == 291
+    assert sum(leaf.size for leaf in leaves) == 6_738_415_616
+
+
+def test_the_gradients_are_all_that_a_step_allocates(row):
+    assert row["temporaries"] <= 1.1 * row["gradients"]
+
+
+def test_the_whole_state_is_updated_in_place(row):
+    scalars = 1000
+    assert row["aliased"] >= row["parameters"] + row["state"] - scalars
+
+
+def test_the_state_is_cut_as_the_parameters_are(row, small, mesh, large_model):
+    whole = sum(
+        leaf.size for leaf in jax.tree.leaves(large_model.shapes_of(small, mesh))
+    )
+    scales = (2 * small.layers + 1) * small.width
+    cut = 4 * ((whole - scales) // mesh.size + scales)
+    assert row["parameters"] == row["gradients"] == cut
+    assert 2 * cut <= row["state"] <= 2 * cut + 1000
+
+
+def test_the_norm_is_one_instruction_a_set_of_axes(row, large_model, small, mesh):
+    leaves = len(jax.tree.leaves(large_model.shapes_of(small, mesh)))
+    found = row["collectives_of_the_norm"]
+    sets_of_axes = 3  # data, model, both
+    assert 1 <= len(found) <= sets_of_axes
+    for one in found:
+        assert one["kind"] == "all-reduce"
+        assert one["bytes"] <= 4 * leaves
+    assert row["collectives_of_the_model"] > 0
+
+
+def test_the_table_has_a_row_a_step(row, large_model):
+    text = large_model.table([{"step": "clip + adam", **row}], {"clip + adam": 50.0})
+    head, rule, line = text.splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|")
+    assert f"| clip + adam | {row['parameters'] / 1e6:.1f} |" in line
+
+
+def test_the_step_that_is_measured_trains(large_model, mesh):
+    tiny = large_model.Size(layers=1, width=32, hidden=64, heads=2, vocabulary=64)
+    shapes = large_model.shapes_of(tiny, mesh)
+    leaves, structure = jax.tree.flatten(shapes)
+    params = structure.unflatten(
+        jax.device_put(
+            0.1 * jax.random.normal(jax.random.key(i), leaf.shape), leaf.sharding
+        )
+        for i, leaf in enumerate(leaves)
+    )
+    op = optloss.optimize_loss(
+        lambda params, tokens: large_model.loss(params, tokens, heads=2),
+        0,
+        0.01,
+        "adam",
+        clip_gradients=1.0,
+    )
+    state, losses = op.init(params), []
+    tokens = jax.random.randint(jax.random.key(9), (4, 9), 0, 64)
+    for _ in range(10):
+        state, output = op(state, tokens)
+        losses.append(float(output.loss))
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,266 @@
+"""Packed leaves train as single ones do, and a state goes from one form to the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optloss
+from optloss.packed import PackedTree
+from optloss.transforms.packing import is_elementwise
+
+SIZE = 200
+
+
+def parameters(*, half=False, imaginary=False):
+    """Leaves below, at and above the size, of several dtypes, and some that are none."""
+    random = np.random.default_rng(0)
+    shapes = {"bias": (7,), "kernel": (20, 10), "scale": (), "wide": (21, 10)}
+    params = {
+        f"layer_{i}": {
+            name: jnp.asarray(random.normal(size=shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+        for i in range(3)
+    }
+    params |= {"table": jnp.arange(3), "none": None, "empty": jnp.zeros((0, 2))}
+    if half:
+        params["half"] = jnp.asarray(random.normal(size=(3, 5)), jnp.bfloat16)
+    if imaginary:
+        params["spin"] = jnp.array([1 + 2j, -0.5j])
+    return params
+
+
+def loss(params, x):
+    leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.dtype != jnp.int32]
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    return sum(
+        jnp.sum((i + 1) * jnp.abs(leaf - x) ** 2) for i, leaf in enumerate(wide)
+    ) / len(wide)
+
+
+def make(optimizer="Adam", **changed):
+    arguments = {"global_step": 0, "learning_rate": 0.01, "optimizer": optimizer}
+    return optloss.optimize_loss(loss, **(arguments | changed))
+
+
+def run(train_op, state, steps=4):
+    step = jax.jit(train_op.update)
+    for i in range(steps):
+        state, output = step(state, 0.1 * i)
+    return state, output
+
+
+def assert_close(one, other, tolerance=1e-6):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        wide = np.complex128 if np.iscomplexobj(a) else np.float64
+        loose = 4e-3 if a.dtype == jnp.bfloat16 else tolerance
+        np.testing.assert_allclose(
+            np.asarray(a, wide), np.asarray(b, wide), rtol=loose, atol=tolerance
+        )
+
+
+EVERYTHING = {
+    "gradient_noise_scale": 0.1,
+    "gradient_multipliers": {"**/bias": 2.0, "layer_0/scale": 0.0},
+    "clip_gradients": 1.0,
+    "learning_rate_multipliers": {"layer_0/**": 0.5},
+    "learning_rate_decay_fn": lambda rate, step: rate / (1 + step),
+    "skip_nonfinite": True,
+    "summaries": ["gradient_norm", "learning_rate"],
+}
+CASES = {
+    "SGD": {"optimizer": "SGD"},
+    "Adam": {"optimizer": "Adam"},
+    "Ftrl": {"optimizer": "Ftrl"},
+    "adamw": {"optimizer": "adamw(weight_decay=0.1)"},
+    "lion": {"optimizer": "lion"},
+    "an instance": {"optimizer": optax.rmsprop(0.01, momentum=0.5)},
+    "a function": {"optimizer": lambda rate: optax.sgd(rate, momentum=0.9)},
+    "everything": EVERYTHING,
+    "adaptive clip": {"clip_gradients": optloss.adaptive_clipping()},
+    "a function clips": {
+        "clip_gradients": lambda pairs: [(g / 2, v) for g, v in pairs]
+    },
+    "optax's noise": {"gradient_noise_scale": optax.add_noise(0.1, 0.0, 3)},
+    "variables": {"variables": ["**/kernel", "layer_1/**"], "clip_gradients": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_leaves_train_as_single_ones_do(name):
+    results = []
+    for size in (0, SIZE):
+        train_op = make(**CASES[name], pack_small_leaves=size)
+        state, output = run(train_op, train_op.init(parameters()))
+        results.append((state.params, output))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 199, 200, 10**6])
+def test_any_size_will_do_and_dtypes_are_kept_apart(size):
+    params = parameters(half=True, imaginary=True)
+    results = []
+    for chosen in (0, size):
+        train_op = make("adam", pack_small_leaves=chosen, clip_gradients=1.0)
+        state, _ = run(train_op, train_op.init(params), steps=2)
+        results.append(state.params)
+    assert_close(*results)
+
+
+def packed_trees(state):
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PackedTree))
+    return [node for node in nodes if isinstance(node, PackedTree)]
+
+
+def test_the_state_holds_a_vector_where_it_held_many_leaves():
+    params = parameters(half=True)
+    state = make(pack_small_leaves=SIZE).init(params).opt_state
+    trees = packed_trees(state)
+    assert len(trees) == 2
+    for tree in trees:
+        assert {name: vector.ndim for name, vector in tree.vectors.items()} == {
+            "float32": 1,
+            "bfloat16": 1,
+        }
+        large = [leaf.shape for leaf in jax.tree.leaves(tree.large)]
+        assert large == [(21, 10)] * 3
+    assert len(jax.tree.leaves(state)) < len(jax.tree.leaves(make().init(params)))
+
+
+REFUSED = ("adafactor", "muon", "lamb", "lars", "fromage", "novograd")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_optimizer_that_looks_at_single_leaves_is_refused(name):
+    for call in (
+        functools.partial(make, name),
+        functools.partial(optloss.make_optimizer, 0.1, name),
+    ):
+        with pytest.raises(ValueError, match=r"looks at the shapes, norms or names"):
+            call(pack_small_leaves=SIZE)
+
+
+def by_name(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "bias" not in jax.tree_util.keystr(path), params
+    )
+
+
+def by_rank(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+@pytest.mark.parametrize(
+    ("transform", "elementwise"),
+    [
+        (optax.adamw(0.1), True),
+        (optax.adamw(0.1, mask=by_rank), False),
+        (optax.adamw(0.1, mask=by_name), False),
+        (optax.adamw(0.1, mask={"layer": True}), False),
+        (optax.chain(optax.clip(0.1), optax.sgd(0.1)), True),
+        (optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)), True),
+        (optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)), False),
+        (optax.chain(optax.centralize(), optax.sgd(0.1)), False),
+        (optax.sgd(optax.linear_schedule(0.1, 0.0, 9)), True),
+        (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), True),
+    ],
+    ids=lambda value: str(value) if isinstance(value, bool) else "",
+)
+def test_what_is_elementwise_is_found_out_by_trying(transform, elementwise):
+    assert is_elementwise(transform) is elementwise
+
+
+def test_a_traced_rate_may_be_packed():
+    @jax.jit
+    def trained(rate):
+        train_op = make(learning_rate=rate, pack_small_leaves=SIZE)
+        return train_op.update(train_op.init(parameters()), 0.1)[0].params
+
+    plain = make(learning_rate=0.02)
+    expected, _ = plain(plain.init(parameters()), 0.1)
+    assert_close(trained(0.02), expected.params)
+
+
+@pytest.mark.parametrize("variables", [None, ["**/kernel", "layer_1/**"]])
+@pytest.mark.parametrize("optimizer", ["Adam", "RMSProp", "adamw"])
+def test_a_state_goes_to_the_other_form_and_back(optimizer, variables):
+    arguments = {**EVERYTHING, "gradient_multipliers": None, "variables": variables}
+    plain = make(optimizer, **arguments)
+    packed = make(optimizer, **arguments, pack_small_leaves=SIZE)
+    to = functools.partial(optloss.pack_state, params=parameters(), size=SIZE)
+    back = functools.partial(optloss.unpack_state, params=parameters(), size=SIZE)
+    state, _ = run(plain, plain.init(parameters()), steps=2)
+
+    there = to(state, variables=variables)
+    assert jax.tree.structure(there) == jax.tree.structure(packed.init(parameters()))
+    again = back(there, variables=variables)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    bare = to(state.opt_state, variables=variables)
+    assert_close(bare, there.opt_state, 0)
+
+    # Either run goes on from the other's state as from its own.
+    expected, _ = run(plain, state, steps=2)
+    found, _ = run(packed, there, steps=2)
+    assert_close(found.params, expected.params)
+    assert_close(back(found, variables=variables), expected)
+
+
+def test_a_checkpoint_goes_on_under_the_other_setting(tmp_path):
+    plain, packed = make(), make(pack_small_leaves=SIZE)
+    params = {name: leaf for name, leaf in parameters().items() if name[0] == "l"}
+    state, _ = run(packed, packed.init(params), steps=2)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(
+            tmp_path / "state", jax.eval_shape(packed.init, params)
+        )
+    unpacked = optloss.unpack_state(restored, params, SIZE)
+    assert jax.tree.structure(unpacked) == jax.tree.structure(plain.init(params))
+    expected, _ = run(packed, state, steps=2)
+    found, _ = run(plain, unpacked, steps=2)
+    assert_close(found.params, expected.params)
+
+
+@pytest.mark.parametrize("params", [jnp.ones(3), jnp.ones((20, 20)), [jnp.ones(3)]])
+def test_a_tree_of_one_leaf_is_packed_and_unpacked(params):
+    plain, packed = (
+        optloss.make_optimizer(0.1, "adam", pack_small_leaves=size, clip_gradients=1.0)
+        for size in (0, SIZE)
+    )
+    state = plain.init(params)
+    there = optloss.pack_state(state, params, SIZE)
+    assert jax.tree.structure(there) == jax.tree.structure(packed.init(params))
+    assert_close(optloss.unpack_state(there, params, SIZE), state, 0)
+
+
+def test_shapes_are_enough_to_pack_by():
+    plain = make()
+    state, _ = run(plain, plain.init(parameters()), steps=1)
+    shapes = jax.eval_shape(lambda: parameters())
+    assert_close(
+        optloss.pack_state(state, shapes, SIZE),
+        optloss.pack_state(state, parameters(), SIZE),
+        0,
+    )
+
+
+def test_gradients_of_another_dtype_meet_the_same_state():
+    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3)}
+    gradients = {"a": jnp.full(3, 0.5), "b": jnp.full(3, 0.25)}
+    results = []
+    for size in (0, SIZE):
+        tx = optloss.make_optimizer(0.1, "Adam", pack_small_leaves=size)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(gradients, state, params)
+        results.append(jax.tree.map(lambda u: u.astype(jnp.float32), updates))
+    assert_close(*results)
