@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -249,7 +248,8 @@ def compare(soak: Soak) -> dict[str, Any]:
             ),
         },
         "seconds": round(time.perf_counter() - began),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}",
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
     }
 
 

@@ -1,4 +1,4 @@
-"""Packed leaves train as single ones do, and a state goes from one form to the other."""
+"""Packed leaves train as single ones do, and a state goes from form to form."""
 
 import functools
 
@@ -17,16 +17,17 @@ SIZE = 200
 
 
 def parameters(*, half=False, imaginary=False):
-    """Leaves below, at and above the size, of several dtypes, and some that are none."""
+    """Leaves below, at and above the size, of several dtypes, and odd ones."""
     random = np.random.default_rng(0)
-    shapes = {"bias": (7,), "kernel": (20, 10), "scale": (), "wide": (21, 10)}
-    params = {
-        f"layer_{i}": {
-            name: jnp.asarray(random.normal(size=shape), jnp.float32)
-            for name, shape in shapes.items()
-        }
-        for i in range(3)
+    shapes = {
+        "layer_0": {"bias": (7,), "kernel": (20, 10)},
+        "layer_1": {"scale": (), "wide": (21, 10)},
     }
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
     params |= {"table": jnp.arange(3), "none": None, "empty": jnp.zeros((0, 2))}
     if half:
         params["half"] = jnp.asarray(random.normal(size=(3, 5)), jnp.bfloat16)
@@ -68,7 +69,7 @@ def assert_close(one, other, tolerance=1e-6):
 
 EVERYTHING = {
     "gradient_noise_scale": 0.1,
-    "gradient_multipliers": {"**/bias": 2.0, "layer_0/scale": 0.0},
+    "gradient_multipliers": {"**/bias": 2.0, "layer_1/scale": 0.0},
     "clip_gradients": 1.0,
     "learning_rate_multipliers": {"layer_0/**": 0.5},
     "learning_rate_decay_fn": lambda rate, step: rate / (1 + step),
@@ -88,8 +89,8 @@ CASES = {
     "a function clips": {
         "clip_gradients": lambda pairs: [(g / 2, v) for g, v in pairs]
     },
-    "optax's noise": {"gradient_noise_scale": optax.add_noise(0.1, 0.0, 3)},
-    "variables": {"variables": ["**/kernel", "layer_1/**"], "clip_gradients": 1.0},
+    "a transform for noise": {"gradient_noise_scale": optax.centralize()},
+    "variables": {"variables": ["**/bias", "layer_1/**"], "clip_gradients": 1.0},
 }
 
 
@@ -130,7 +131,7 @@ def test_the_state_holds_a_vector_where_it_held_many_leaves():
             "bfloat16": 1,
         }
         large = [leaf.shape for leaf in jax.tree.leaves(tree.large)]
-        assert large == [(21, 10)] * 3
+        assert large == [(21, 10)]
     assert len(jax.tree.leaves(state)) < len(jax.tree.leaves(make().init(params)))
 
 
@@ -188,10 +189,12 @@ def test_a_traced_rate_may_be_packed():
     assert_close(trained(0.02), expected.params)
 
 
-@pytest.mark.parametrize("variables", [None, ["**/kernel", "layer_1/**"]])
-@pytest.mark.parametrize("optimizer", ["Adam", "RMSProp", "adamw"])
+@pytest.mark.parametrize(
+    ("optimizer", "variables"),
+    [("Adam", None), ("RMSProp", ["**/bias", "layer_1/**"]), ("adamw", "**")],
+)
 def test_a_state_goes_to_the_other_form_and_back(optimizer, variables):
-    arguments = {**EVERYTHING, "gradient_multipliers": None, "variables": variables}
+    arguments = {"variables": variables, "clip_gradients": 1.0, "skip_nonfinite": True}
     plain = make(optimizer, **arguments)
     packed = make(optimizer, **arguments, pack_small_leaves=SIZE)
     to = functools.partial(optloss.pack_state, params=parameters(), size=SIZE)

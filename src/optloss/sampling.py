@@ -249,12 +249,14 @@ def _key_table(
     if jax.random.key_impl(root) == THREEFRY:
         k0, k1 = jax.random.key_data(root)
         hashed = jax.extend.random.threefry_2x32((k0, k1), words.T.reshape(-1))
-        return hashed.reshape(2, -1).T
+        table: jax.Array = hashed.reshape(2, -1).T
+        return table
 
     def key_of(pair: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1])
 
-    return jax.random.key_data(jax.vmap(key_of)(words))
+    keys: jax.Array = jax.random.key_data(jax.vmap(key_of)(words))
+    return keys
 
 
 def _groups(
@@ -291,7 +293,7 @@ def _draw(
 
 
 # Leaves of one shape are traced once.
-_normals = jax.jit(normals, static_argnums=(2, 3))
+_normals: Callable[..., jax.Array] = jax.jit(normals, static_argnums=(2, 3))
 
 
 def _draw_rows(

@@ -42,7 +42,10 @@ def real_dtype(dtype: Any) -> Any:
 def norm_dtype(tree: Any) -> Any:
     """Return the dtype of a norm over ``tree``: float64 if a leaf is, else float32."""
     dtypes = [real_dtype(leaf.dtype) for leaf in inexact_leaves(tree)]
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    # A float64 array of NumPy's is float32 to a JAX that has no 64 bits.
+    return jax.dtypes.canonicalize_dtype(
+        jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    )
 
 
 def inexact_leaves(tree: Any) -> list[Any]:
@@ -53,7 +56,8 @@ def inexact_leaves(tree: Any) -> list[Any]:
 def strong(leaf: Any) -> jax.Array:
     """Return ``leaf`` as an array of its own whose type is not weak."""
     leaf = jnp.array(leaf, copy=True)
-    return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
+    weak = getattr(leaf, "weak_type", False)  # an array of random keys has none
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
 def widen(tree: Any) -> Any:

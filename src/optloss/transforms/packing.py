@@ -49,7 +49,8 @@ def pack_small_leaves(
         if isinstance(updates, Packed):
             layout, gradients = updates.layout, updates.tree
         else:
-            layout = layout_of(updates, size)
+            # The state is laid out by the parameters; a gradient's dtype may differ.
+            layout = layout_of(updates if params is None else params, size)
             gradients = pack(updates, layout).tree
         beside = None if params is None else pack(params, layout).tree
         packed: Any
