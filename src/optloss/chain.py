@@ -50,7 +50,8 @@ class ChainState(NamedTuple):
 class Shaped(NamedTuple):
     """A gradient on its way, half through the chain."""
 
-    gradients: Any
+    gradients: Any  # a tree, or Packed
+    like: Any  # the tree they came as
     state: ChainState
     norm: Any  # float [], before the clip; None where it was not measured
     clipped_norm: Any  # float [], behind it; None without a clip
@@ -112,15 +113,19 @@ class Chain:
 
         Without a clip of ours the norms cost a reduction, which ``measure`` asks for.
         """
+        like = gradients
         if self.pack_size and self.noise.packs and self.clip.packs:
             gradients = pack(gradients, layout_of(gradients, self.pack_size))
-        noisy, noise = self.noise.transform.update(
-            gradients, state.noise, params, **extra
-        )
-        measured, _ = self.multipliers.transform.update(noisy, optax.EmptyState())
-        clipped, clip = self.clip.transform.update(
-            measured, state.clip, params, **extra
-        )
+        with jax.named_scope("noise"):
+            noisy, noise = self.noise.transform.update(
+                gradients, state.noise, params, **extra
+            )
+        with jax.named_scope("multipliers"):
+            measured, _ = self.multipliers.transform.update(noisy, optax.EmptyState())
+        with jax.named_scope("clip"):
+            clipped, clip = self.clip.transform.update(
+                measured, state.clip, params, **extra
+            )
         if isinstance(clip, (ClipState, AdaptiveClippingState)):
             norms: tuple[Any, Any] = clip.norm, clip.norm * clip.factor
         else:
@@ -129,7 +134,7 @@ class Chain:
                 self._norm(measured) if measure else None,
                 self._norm(clipped) if clips else None,
             )
-        return Shaped(clipped, ChainState(noise, clip, state.optimizer), *norms)
+        return Shaped(clipped, like, ChainState(noise, clip, state.optimizer), *norms)
 
     def _norm(self, tree: Any) -> jax.Array:
         return global_norm(tree, axis_name=self.axis_name)
@@ -145,12 +150,16 @@ class Chain:
     def optimize(self, shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
         """Turn the shaped gradient into an update: the second half."""
         before = shaped.state.optimizer
-        updates, after = self._optimizer().update(
-            shaped.gradients, before, params, **extra
-        )
-        if isinstance(updates, Packed):
-            updates = unpack(updates.tree, params, updates.layout)
-        updates, _ = self.rate_multipliers.transform.update(updates, optax.EmptyState())
+        with jax.named_scope("optimizer"):
+            updates, after = self._optimizer().update(
+                shaped.gradients, before, params, **extra
+            )
+            if isinstance(updates, Packed):
+                updates = unpack(updates.tree, shaped.like, updates.layout)
+        with jax.named_scope("learning_rate_multipliers"):
+            updates, _ = self.rate_multipliers.transform.update(
+                updates, optax.EmptyState()
+            )
         state = shaped.state._replace(optimizer=keep_dtypes(after, before))
         return updates, state
 

@@ -74,18 +74,21 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
         return carry[2]
 
     def measure(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        scale = carry[0]
-        total = _sum(leaves, _scaled_square, scale, axes, dtype)
+        scales = carry[0]
+        parts = [(leaf, scales[i]) for i, leaf in enumerate(leaves)]
+        total = _sum(parts, _scaled_square, axes, dtype)
         better = jnp.where(total == jnp.inf, down, jnp.where(total < 2.0**-half, up, 1))
-        repeat = (scale == 1) & (better != 1)
-        return jnp.where(repeat, better, scale).astype(dtype), total, repeat
+        repeat = (scales[0] == 1) & (better != 1)
+        return jnp.where(repeat, better, scales).astype(dtype), total, repeat
 
-    first = (jnp.ones((), dtype), jnp.zeros((), dtype), jnp.array(True))
+    # One scale a leaf: leaves of one shape would share the broadcast of a common one,
+    # which XLA then keeps in memory and reads again for each of them.
+    scales = jnp.ones(len(leaves), dtype)
+    first = (scales, jnp.zeros((), dtype), jnp.array(True))
     unsummed = _varying_axes_of(leaves) - set(axes)
     first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
-    scale, total, _ = jax.lax.while_loop(again, measure, first)
-    norm: jax.Array = jnp.sqrt(total) / scale
-    return norm
+    scales, total, _ = jax.lax.while_loop(again, measure, first)
+    return jnp.sqrt(total) / scales[0]
 
 
 @_norm.defjvp
@@ -119,20 +122,20 @@ def _parts(leaf: jax.Array) -> list[jax.Array]:
     return [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
 
 
-def _sum(parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any) -> jax.Array:
-    """Sum ``fn(part, scale)`` over all parts, elements and devices."""
+def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
+    """Sum ``fn(*part)`` over all parts, elements and devices."""
     mesh, explicit = _explicit_axes(parts)
     if not explicit:
-        return _sum_here(parts, fn, scale, axes, dtype)
+        return _sum_here(parts, fn, axes, dtype)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
-    spread: Callable[..., jax.Array] = jax.shard_map(
-        lambda parts, scale: _sum_here(parts, fn, scale, (*axes, *explicit), dtype),
+    spread = jax.shard_map(
+        lambda parts: _sum_here(parts, fn, (*axes, *explicit), dtype),
         mesh=mesh,
-        in_specs=(specs, jax.sharding.PartitionSpec()),
+        in_specs=(specs,),
         out_specs=jax.sharding.PartitionSpec(),
         axis_names=set(explicit),
     )
-    return spread(parts, scale)
+    return spread(parts)
 
 
 def _explicit_axes(parts: list[Any]) -> tuple[Any, Axes]:
@@ -147,16 +150,14 @@ def _explicit_axes(parts: list[Any]) -> tuple[Any, Axes]:
     return next(iter(found.values()), None), tuple(found)
 
 
-def _sum_here(
-    parts: list[Any], fn: Any, scale: Any, axes: Axes, dtype: Any
-) -> jax.Array:
+def _sum_here(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
     over = [varying_axes(part, axes) for part in parts]
     used = tuple(axis for axis in axes if any(axis in own for own in over))
     total = jnp.zeros((), dtype)
     for part, own in zip(parts, over, strict=True):
         # A leaf that is replicated over an axis would be counted once per device of it.
         copies = math.prod(jax.lax.axis_size(axis) for axis in used if axis not in own)
-        total += jnp.sum(fn(part, scale).astype(dtype)) / copies
+        total += jnp.sum(fn(*part).astype(dtype)) / copies
     return jax.lax.psum(total, used) if used else total
 
 

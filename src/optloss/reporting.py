@@ -40,7 +40,6 @@ class Seen(NamedTuple):
     loss: jax.Array
     optimizer_state: Any
     shaped: Shaped
-    trained: Any  # the trained parameters
     step: jax.Array | None
 
 
@@ -76,7 +75,7 @@ def _float32(value: Any) -> jax.Array:
 def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
     gradients, axes = seen.shaped.gradients, asked.axis_name
     if isinstance(gradients, Packed):
-        gradients = unpack(gradients.tree, seen.trained, gradients.layout)
+        gradients = unpack(gradients.tree, seen.shaped.like, gradients.layout)
     names, leaves = leaf_names(gradients), inexact_leaves(gradients)
     found: dict[str, Any] = {}
     if "gradient_norm" in asked.summaries:

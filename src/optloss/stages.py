@@ -4,6 +4,7 @@ Each function checks one argument in the words of the call it belongs to, and re
 the transform that does it together with the text that describes it.
 """
 
+import functools
 import inspect
 import types
 import warnings
@@ -312,9 +313,10 @@ def check_pack_size(call: str, size: Any, learning_rate: Any, optimizer: Any) ->
     )
     # At a rate of its own: the caller's may be traced, and the answer is the same.
     rate = None if learning_rate is None else 0.1
-    if size and not is_elementwise(
-        optimizer_stage(call, rate, optimizer, None).transform
-    ):
+    can_be_packed = (
+        _named_can_be_packed if isinstance(optimizer, str) else _can_be_packed
+    )
+    if size and not can_be_packed(call, rate, optimizer):
         raise refusal(
             call,
             "pack_small_leaves",
@@ -323,3 +325,11 @@ def check_pack_size(call: str, size: Any, learning_rate: Any, optimizer: Any) ->
             "single leaves, so packed leaves would train differently. Leave it at 0.",
         )
     return int(size)
+
+
+def _can_be_packed(call: str, rate: float | None, optimizer: Any) -> bool:
+    return is_elementwise(optimizer_stage(call, rate, optimizer, None).transform)
+
+
+# Trying it out takes a second, and a name always means the same.
+_named_can_be_packed = functools.cache(_can_be_packed)

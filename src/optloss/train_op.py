@@ -210,9 +210,8 @@ class TrainOp:
         shaped = self.chain.shape(gradients, before, trained, extra, measure)
 
         def commit() -> tuple[Any, Any]:
-            with jax.named_scope("optimizer"):
-                updates, opt_state = self.chain.optimize(shaped, trained, extra)
-                moved = optax.apply_updates(trained, updates)
+            updates, opt_state = self.chain.optimize(shaped, trained, extra)
+            moved = optax.apply_updates(trained, updates)
             params = thaw(moved, state.params, selected)
             context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
             model_state = run_update_ops(
@@ -235,7 +234,7 @@ class TrainOp:
             step = jnp.asarray(optax.safe_increment(step))
         params = thaw(moved, state.params, selected)
         after: Any = opt_state.inner if guarded else opt_state
-        seen = Seen(outcome.loss, after.optimizer, shaped, trained, state.step)
+        seen = Seen(outcome.loss, after.optimizer, shaped, state.step)
         asked = Asked(
             self.summaries, self.name, self.histogram_every, self.chain.axis_name
         )

@@ -55,7 +55,7 @@ class ModelTrainOp:
 
     @property
     def state(self) -> TrainOpState:
-        """The whole run, to save: step, dicts of arrays, optimizer state."""
+        """The whole run as one tree of dicts and arrays, which is what to save."""
         held, structure = jax.tree.flatten(_trees(self._state))
         found = [_read(variable) for variable in self._variables]
         pairs = list(zip(found, held, strict=True))
