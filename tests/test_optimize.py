@@ -258,8 +258,22 @@ def scanned(train_op, state, *args, steps=STEPS):
 both_ways = pytest.mark.parametrize("run", [called, scanned])
 
 
-@both_ways
-@pytest.mark.parametrize("name", FORMS)
+# Those that are compiled as they are called, too.
+CALLED = [
+    *(f"optimizer: {form}" for form in ("a name", "a function", "a class")),
+    "optimizer: an instance",
+    *(name for name in FORMS if name.startswith("learning_rate: None")),
+    *(f"clip_gradients: {form}" for form in ("a float", "adaptive", "a function")),
+    *(f"variables: {form}" for form in ("names", "a predicate", "a mask")),
+    "global_step: None",
+    "decay: not counting",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [*((name, scanned) for name in FORMS), *((name, called) for name in CALLED)],
+)
 def test_a_form_trains_as_it_should(name, run):
     arguments, expected = FORMS[name]
     train_op = make(**arguments)

@@ -99,11 +99,10 @@ def test_packed_leaves_train_as_single_ones_do(name):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("size", [7, 10**6])
-def test_any_size_will_do_and_dtypes_are_kept_apart(size):
+def test_dtypes_are_kept_apart():
     params = parameters(half=True, imaginary=True)
     results = []
-    for chosen in (0, size):
+    for chosen in (0, 7):
         train_op = make(pack_small_leaves=chosen, clip_gradients=1.0)
         state, _ = run(train_op, train_op.init(params), steps=2)
         results.append(state.params)
@@ -255,6 +254,6 @@ def test_gradients_of_another_dtype_meet_the_same_state():
         tx = optloss.make_optimizer(0.1, "Adam", pack_small_leaves=size)
         state = tx.init(params)
         for _ in range(2):
-            updates, state = tx.update(gradients, state, params)
+            updates, state = jax.jit(tx.update)(gradients, state, params)
         results.append(jax.tree.map(lambda u: u.astype(jnp.float32), updates))
     assert_close(*results)

@@ -94,7 +94,7 @@ class Chain:
 
     def init(self, params: Any) -> Any:
         """Return the state for ``params``, with all names and patterns checked."""
-        check_leaves(self.call, params)
+        params = as_arrays(self.call, params)
         names = leaf_names(params)
         for stage in (self.multipliers, self.rate_multipliers):
             assign(f"{self.call}, {stage.argument}", tuple(stage.rules), names)
@@ -191,18 +191,19 @@ class Chain:
         )
 
 
-def check_leaves(call: str, params: Any) -> None:
-    """Refuse a tree with a leaf that is neither an array nor a number."""
-    leaves = jax.tree.leaves(params)
-    for name, leaf in zip(leaf_names(params), leaves, strict=True):
-        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) and not is_number(
-            leaf
-        ):
+def as_arrays(call: str, params: Any) -> Any:
+    """Return ``params`` with numbers as arrays; refuse leaves that are neither."""
+    leaves, structure = jax.tree.flatten(params)
+    for i, (name, leaf) in enumerate(zip(leaf_names(params), leaves, strict=True)):
+        if is_number(leaf):
+            leaves[i] = jnp.asarray(leaf)
+        elif not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
             raise ValueError(
                 f"{call}: the parameter {name!r} is no array but {show(leaf)}. Keep "
                 "such leaves outside, for example with params, static = eqx.partition("
                 "model, eqx.is_inexact_array), and combine them inside the loss."
             )
+    return jax.tree.unflatten(structure, leaves)
 
 
 def make_optimizer(

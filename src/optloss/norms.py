@@ -98,9 +98,9 @@ def _norm_jvp(axes: Axes, dtype: Any, primals: Any, tangents: Any) -> Any:
     safe = jnp.where(norm > 0, norm, 1)
     # Scaled down at first: 1 / norm is zero where the norm is huge.
     shift = jnp.where(safe > 1, 2.0**-8, 1).astype(dtype)
-    pairs = list(zip(leaves, moves, strict=True))
-    along = _sum(pairs, _component, (shift, 1 / (safe * shift)), axes, dtype)
-    return norm, along
+    inverse = 1 / (safe * shift)
+    parts = [(*pair, shift, inverse) for pair in zip(leaves, moves, strict=True)]
+    return norm, _sum(parts, _component, axes, dtype)
 
 
 def _scaled_square(leaf: jax.Array, scale: jax.Array) -> jax.Array:
@@ -108,12 +108,13 @@ def _scaled_square(leaf: jax.Array, scale: jax.Array) -> jax.Array:
     return sum(squares[1:], squares[0])
 
 
-def _component(pair: Any, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
-    leaf, move = (_parts(side) for side in pair)
-    products = []
-    for part, along in zip(leaf, move, strict=True):
-        shift, inverse = (factor.astype(part.dtype) for factor in factors)
-        products.append(part * shift * inverse * along)
+def _component(
+    leaf: jax.Array, move: jax.Array, shift: jax.Array, inverse: jax.Array
+) -> jax.Array:
+    products = [
+        part * shift.astype(part.dtype) * inverse.astype(part.dtype) * along
+        for part, along in zip(_parts(leaf), _parts(move), strict=True)
+    ]
     return sum(products[1:], products[0])
 
 

@@ -246,17 +246,15 @@ def _key_table(
     digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
     words = jnp.asarray(np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2))
     root = root if salt is None else jax.random.fold_in(root, salt)
-    if jax.random.key_impl(root) == THREEFRY:
-        k0, k1 = jax.random.key_data(root)
-        hashed = jax.extend.random.threefry_2x32((k0, k1), words.T.reshape(-1))
-        table: jax.Array = hashed.reshape(2, -1).T
-        return table
-
-    def key_of(pair: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1])
-
-    keys: jax.Array = jax.random.key_data(jax.vmap(key_of)(words))
-    return keys
+    # Of fold_in a vmap is not safe: unsafe_rbg's depends on the size of the batch.
+    data = jax.random.key_data(root)
+    halves = jnp.pad(data.reshape(-1), (0, data.size % 2)).reshape(-1, 2)
+    hashed = [
+        jax.extend.random.threefry_2x32((k0, k1), words.T.reshape(-1))
+        for k0, k1 in halves
+    ]
+    table = jnp.stack(hashed).reshape(-1, len(names)).T
+    return table[:, : data.size].reshape(-1, *data.shape)
 
 
 def _groups(
@@ -316,7 +314,7 @@ def _draw_by_jax(
     keys = jax.random.wrap_key_data(key, impl=law.impl)
 
     def draw(i: int, shape: tuple[int, ...], sharding: Any = None) -> jax.Array:
-        own = jax.random.fold_in(keys[i], part)
+        own = jax.random.fold_in(keys[i], part) if part else keys[i]
         if law.distribution == "normal":
             return jax.random.normal(own, shape, dtype, out_sharding=sharding)
         return jax.random.truncated_normal(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
-from optloss.chain import Chain, ChainState
+from optloss.chain import Chain, ChainState, as_arrays
 from optloss.describe import describe, one_line
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.messages import show
@@ -145,6 +145,7 @@ class TrainOp:
                 "update_ops need a model_state to work on. Pass it: "
                 "init(params, model_state)."
             )
+        params = as_arrays(self.chain.call, params)
         opt_state = self.chain.init(params)
         if not any(self.chain.selected(params)):
             raise ValueError(
