@@ -52,6 +52,9 @@ mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
 assert mathjax is not None and mathjax.origin is not None
 mathjax_path = "tex-svg.js"
 
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
 html_theme = "furo"
 html_title = f"optloss {release}"
 html_static_path = [

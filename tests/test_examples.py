@@ -34,6 +34,16 @@ def test_a_loop_adopts_the_library_in_six_lines_at_most(library):
 
 
 @pytest.mark.parametrize("library", ADOPTING)
+def test_the_diff_that_the_docs_show_is_the_diff(library):
+    texts = [
+        (EXAMPLES / "adopt" / f"{library}_{name}.py").read_text().splitlines(True)
+        for name in ("before", "after")
+    ]
+    diff = "".join(difflib.unified_diff(*texts, "before", "after"))
+    assert (EXAMPLES / "adopt" / f"{library}.diff").read_text() == diff
+
+
+@pytest.mark.parametrize("library", ADOPTING)
 def test_both_loops_train_alike(library, capsys):
     plain = run(EXAMPLES / "adopt" / f"{library}_before.py")
     adopted = run(EXAMPLES / "adopt" / f"{library}_after.py")

@@ -48,7 +48,7 @@ def test_the_script_and_the_recorded_run_have_the_same_arguments():
     assert f"clip_gradients={case['clip']}" in script
     decay = case["decay"]
     assert decay["fn"] == "exponential_decay"
-    assert f"tf.train.{decay['fn']}(" in script
+    assert f"tf.train.{decay['fn']}\n" in script
     for name, value in decay["args"].items():
         assert f"{name}={value}" in script
     for name, value in case["multipliers"].items():

@@ -1,5 +1,6 @@
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 import optloss
@@ -23,10 +24,10 @@ def loss_of(params, averages, x, y, weight):
 
 def average(averages, context):
     # What a BatchNorm keeps for later use.
-    return {
-        name: kept - 0.1 * (kept - context.aux[name])
-        for name, kept in averages.items()
-    }  # fmt: skip
+    def move(kept, value):
+        return kept - 0.1 * (kept - value)
+
+    return jax.tree.map(move, averages, context.aux)
 
 
 decay = partial(

@@ -27,9 +27,8 @@ def loss_of(x, y, weight):
 
 
 def decay(rate, step):
-    return tf.train.exponential_decay(
-        rate, step, decay_steps=6, decay_rate=0.7
-    )  # fmt: skip
+    fn = tf.train.exponential_decay
+    return fn(rate, step, decay_steps=6, decay_rate=0.7)
 
 
 def train(batches, logdir):
@@ -68,8 +67,8 @@ def train(batches, logdir):
     with tf.Session() as session:
         session.run(tf.global_variables_initializer())
         writer = tf.summary.FileWriter(logdir)
-        for number, batch in enumerate(batches):
-            feed = {x: batch[0], y: batch[1], weight: batch[2]}
+        for number, (xs, ys, ws) in enumerate(batches):
+            feed = {x: xs, y: ys, weight: ws}
             _, now = session.run([train_op, merged], feed)
             writer.add_summary(now, number)
         writer.close()

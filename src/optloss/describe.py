@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optloss.chain import Chain, check_leaves
+from optloss.chain import Chain, as_arrays
 from optloss.messages import is_number, show
 from optloss.names import assign, leaf_names
 from optloss.stages import Stage
@@ -39,7 +39,7 @@ def one_line(chain: Chain, name: str, counts: bool = True) -> str:
 
 def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
     """Return the pipeline, the folded table of ``params`` and the totals."""
-    check_leaves(chain.call, params)
+    params = as_arrays(chain.call, params)
     state = jax.eval_shape(chain.init, params)
     selected = chain.selected(params)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
@@ -70,11 +70,10 @@ def _multipliers(stage: Stage, names: list[str]) -> list[str]:
 
 
 def _row(name: str, leaf: Any, trained: bool, gradient: str, rate: str) -> Row:
-    shape = "x".join(map(str, getattr(leaf, "shape", ())))
     return Row(
         name or "(the tree itself)",
-        shape or "scalar",
-        str(getattr(leaf, "dtype", type(leaf).__name__)),
+        "x".join(map(str, leaf.shape)) or "scalar",
+        str(leaf.dtype),
         "trained" if trained else "frozen",
         gradient if trained else "",
         rate if trained else "",
@@ -158,7 +157,7 @@ def _wrap(line: str) -> list[str]:
 
 
 def _totals(leaves: list[Any], selected: list[bool], state: Any) -> list[str]:
-    sizes = [math.prod(getattr(leaf, "shape", ())) for leaf in leaves]
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
     trained = sum(n for n, wanted in zip(sizes, selected, strict=True) if wanted)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return [

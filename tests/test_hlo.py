@@ -1,0 +1,142 @@
+"""What a step is compiled to: passes over the gradients, callbacks, branches."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import optloss
+from optloss.summaries import OPTIMIZER_SUMMARIES
+
+PARAMS = {"a": jnp.ones(1009), "b": jnp.ones((7, 31)), "c": jnp.ones(2003)}
+NORMS = ("loss", "learning_rate", "global_gradient_norm")
+
+
+def total(params):
+    """A loss that is one sum over every leaf."""
+    return sum(jnp.sum(jnp.sin(leaf)) for leaf in params.values())
+
+
+def compiled(loss=total, **changed):
+    """Return the step as XLA runs it, donated state and all."""
+    arguments = {"global_step": 0, "learning_rate": 1e-3, "optimizer": "adam"}
+    train_op = optloss.optimize_loss(loss, **arguments | {"summaries": []} | changed)
+    step = jax.jit(train_op.update, donate_argnums=0)
+    return step.lower(train_op.init(PARAMS)).compile()
+
+
+def text_of(**changed):
+    return compiled(**changed).as_text()
+
+
+def sums(**changed):
+    """Return how often a leaf is summed up, beside what the loss sums."""
+    return text_of(**changed).count(" reduce(") - len(PARAMS)
+
+
+MEASURING = {
+    "clip": {"clip_gradients": 1.0},
+    "adaptive clip": {"clip_gradients": optloss.adaptive_clipping()},
+    "norms": {"summaries": NORMS},
+    "guard": {"skip_nonfinite": True},
+    "clip and norms": {"clip_gradients": 1.0, "summaries": NORMS},
+    "clip and guard": {"clip_gradients": 1.0, "skip_nonfinite": True},
+    "norms and guard": {"summaries": NORMS, "skip_nonfinite": True},
+    "all": {"clip_gradients": 1.0, "summaries": NORMS, "skip_nonfinite": True},
+    "all, adaptive, with noise and multipliers": {
+        "clip_gradients": optloss.adaptive_clipping(),
+        "gradient_noise_scale": 0.1,
+        "gradient_multipliers": {"a": 2.0},
+        "summaries": NORMS,
+        "skip_nonfinite": True,
+    },
+}
+
+
+def test_what_measures_nothing_sums_nothing():
+    assert sums() == 0
+    assert sums(summaries=["loss", "learning_rate"]) == 0
+    assert sums(gradient_noise_scale=0.1, gradient_multipliers={"a": 2.0}) == 0
+
+
+@pytest.mark.parametrize("case", MEASURING)
+def test_each_gradient_is_summed_once(case):
+    assert sums(**MEASURING[case]) == len(PARAMS)
+
+
+def test_norms_of_single_parameters_cost_one_more_sum_each():
+    assert sums(clip_gradients=1.0, summaries=["gradient_norm"]) == 2 * len(PARAMS)
+
+
+def test_the_chain_alone_sums_each_gradient_once():
+    tx = optloss.make_optimizer(0.1, "adam", clip_gradients=1.0, skip_nonfinite=True)
+    step = jax.jit(tx.update).lower(PARAMS, tx.init(PARAMS), PARAMS).compile()
+    assert step.as_text().count(" reduce(") == len(PARAMS)
+
+
+CALLBACK = re.compile(r"callback|infeed|outfeed| send\(| recv\(")
+EVERYTHING = {
+    "clip_gradients": optloss.adaptive_clipping(),
+    "gradient_noise_scale": 0.1,
+    "gradient_multipliers": {"a": 2.0},
+    "learning_rate_decay_fn": lambda rate, step: rate * 0.9**step,
+    "learning_rate_multipliers": {"b": 2.0},
+    "summaries": OPTIMIZER_SUMMARIES,
+    "histogram_every": 10,
+    "skip_nonfinite": True,
+}
+
+
+def test_a_step_never_calls_the_host():
+    def talkative(params):
+        jax.debug.callback(lambda: None)
+        return total(params)
+
+    assert not CALLBACK.search(text_of(**EVERYTHING))
+    assert CALLBACK.search(text_of(loss=talkative))
+
+
+def computations(text):
+    """Return the computations of a program by name; the entry's is ''."""
+    found = {}
+    for part in re.split(r"\n\n(?=\S)", text):
+        head = re.match(r"(ENTRY )?%(\S+) \(", part)
+        if head:
+            found["" if head[1] else head[2]] = part
+    return found
+
+
+def always_run(text):
+    """Return the text of all that runs whatever the branches taken."""
+    parts, found, waiting = computations(text), {}, [""]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = parts[name]
+            called = r"\b(?:calls|to_apply|body|condition)=%([^\s,}]+)"
+            waiting += re.findall(called, parts[name])
+    return "\n".join(found.values())
+
+
+HISTOGRAM = "scatter-add"  # how the values are counted
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_histograms_are_work_inside_a_branch_alone(guarded):
+    now_and_then = EVERYTHING | {"skip_nonfinite": guarded}
+    text = text_of(**now_and_then)
+    assert HISTOGRAM in text
+    assert HISTOGRAM not in always_run(text)
+    assert text.count(" conditional(") == 1 + guarded
+    # Without a counter there is one at every step, and no branch.
+    always = now_and_then | {"global_step": None, "learning_rate_decay_fn": None}
+    assert HISTOGRAM in always_run(text_of(**always))
+
+
+def test_the_update_of_a_guarded_step_is_work_inside_a_branch_alone():
+    text = text_of(clip_gradients=1.0, skip_nonfinite=True)
+    assert " sqrt(" in text.replace(always_run(text), "")
+    roots = always_run(text).count("f32[1009]{0} sqrt(")
+    assert roots == 0
+    assert always_run(text_of(clip_gradients=1.0)).count("f32[1009]{0} sqrt(") == 1
