@@ -101,7 +101,9 @@ def test_a_bad_batch_moves_the_step_and_the_counters_alone(poison):
 
 
 @pytest.mark.parametrize(
-    "clip", [None, 1.0, adaptive_clipping(decay_warmup=False)], ids=str
+    "clip",
+    [None, 1.0, adaptive_clipping(decay_warmup=False)],
+    ids=["no clip", "clip", "adaptive"],
 )
 def test_where_nothing_reads_the_step_it_is_as_if_it_had_never_been(clip):
     train_op = everything_on(clip_gradients=clip, learning_rate_decay_fn=None)

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optloss.messages import check_bool, is_number, show
