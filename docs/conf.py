@@ -37,6 +37,7 @@ sphinx_gallery_conf = {
     "filename_pattern": "/plot_",
     "within_subsection_order": "ExampleTitleSortKey",
     "abort_on_example_error": True,
+    "default_thumb_file": str(Path(__file__).parent / "_static" / "demo.png"),
     "download_all_examples": False,
     "min_reported_time": 3600,
     "show_memory": False,
@@ -49,7 +50,8 @@ copybutton_prompt_is_regexp = True
 
 # MathJax in one file that draws its own glyphs: nothing is fetched when a page is read.
 mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
-assert mathjax is not None and mathjax.origin is not None
+assert mathjax is not None
+assert mathjax.origin is not None
 mathjax_path = "tex-svg.js"
 
 pygments_style = "friendly"

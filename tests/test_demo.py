@@ -41,7 +41,9 @@ def straight(tmp_path_factory):
 
 
 def test_events_hold_every_scalar_of_every_step(straight):
-    events = EventAccumulator(str(straight / "logs"), {"scalars": 0, "histograms": 0}).Reload()
+    events = EventAccumulator(
+        str(straight / "logs"), {"scalars": 0, "histograms": 0}
+    ).Reload()
     for tag in (
         "OptimizeLoss/loss",
         "OptimizeLoss/learning_rate",
@@ -121,4 +123,6 @@ def test_without_its_packages_it_says_what_to_install():
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "optloss: the demo needs sklearn. pip install 'optloss[demo]'\n"
+    assert (
+        done.stderr == "optloss: the demo needs sklearn. pip install 'optloss[demo]'\n"
+    )

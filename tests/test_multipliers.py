@@ -161,8 +161,12 @@ def loss(params):
 
 def first_update(optimizer, params, **arguments):
     tx = optloss.make_optimizer(0.01, optimizer, **arguments)
-    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
-    return updates
+
+    @jax.jit
+    def start(params):
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[0]
+
+    return start(params)
 
 
 NETWORK = {

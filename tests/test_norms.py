@@ -47,7 +47,8 @@ def test_it_is_right_at_every_magnitude(tree, norm):
 
 
 def test_a_thousand_leaves_are_summed_in_float32():
-    norm = jax.jit(global_norm)([jnp.ones(4, jnp.bfloat16)] * 1000)
+    with jax.disable_jit():  # which is quicker than to compile it
+        norm = global_norm([jnp.ones(4, jnp.bfloat16)] * 1000)
     np.testing.assert_allclose(norm, 63.245553, rtol=1e-6)
 
 

@@ -602,7 +602,8 @@ def test_the_chain_alone_is_that_of_make_optimizer():
         optloss.make_optimizer(0.1, "SGD", **arguments),
     ]
     results = [
-        tx.update(gradients, tx.init(params), params, step=3) for tx in transforms
+        jax.jit(tx.update)(gradients, tx.init(params), params, step=3)
+        for tx in transforms
     ]
     assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):

@@ -18,8 +18,10 @@ def test_nothing_is_lost(steps, kills, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
     results = tmp_path / "soak.json"
     subprocess.run(
-        [sys.executable, str(SOAK), "--steps", str(steps), "--kills", str(kills)]
-        + ["--results", str(results)],
+        [
+            *(sys.executable, str(SOAK), "--results", str(results)),
+            *("--steps", str(steps), "--kills", str(kills)),
+        ],
         check=True,
     )
     found = json.loads(results.read_text())

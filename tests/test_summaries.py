@@ -602,3 +602,59 @@ def test_published_values_equal_numpys_under_vmap_of_four_rates():
     found = jax.vmap(functools.partial(train, "scan"))(rates)
     for i, rate in enumerate(rates):
         assert_published(jax.tree.map(lambda x, i=i: x[i], found), rate)
+
+
+def decayed(step):
+    return 0.5 ** (step / 4)
+
+
+RATES = {
+    "a number": ({"learning_rate": 0.1}, lambda step: 0.1),
+    "an array": ({"learning_rate": jnp.array(0.1)}, lambda step: 0.1),
+    "a decay": (
+        {"learning_rate": 0.1, "learning_rate_decay_fn": lambda r, s: r * decayed(s)},
+        lambda step: 0.1 * decayed(step),
+    ),
+    "a schedule": (
+        {"learning_rate": optax.linear_schedule(0.1, 0.02, 8, transition_begin=5)},
+        lambda step: np.interp(step, [5, 13], [0.1, 0.02]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_the_rate_published_is_the_one_the_optimizer_was_handed(case):
+    arguments, expected = RATES[case]
+    op = optloss.optimize_loss(bowl, 3, optimizer=spy, **arguments)
+    state = op.init(jax.tree.map(jnp.ones_like, CURVATURE))
+    factor = 1.0
+    for step in range(3, 15):
+        if step == 9 and not callable(arguments["learning_rate"]):
+            factor = 4.0
+            state = optloss.set_learning_rate(state, 0.4)
+        state, output = op(state)
+        handed = state.opt_state.optimizer.inner.rate
+        published = output.summaries["OptimizeLoss/learning_rate"]
+        assert published == handed == get_summaries(state)["learning_rate"]
+        np.testing.assert_allclose(handed, factor * expected(step), rtol=1e-6)
+
+
+def test_an_optimizer_that_watches_the_loss_is_shown_it():
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
+    op = optloss.optimize_loss(
+        lambda w, level: w - jax.lax.stop_gradient(w) + level,
+        global_step=0,
+        learning_rate=0.25,
+        optimizer=lambda rate: optax.chain(optax.sgd(rate), plateau),
+        clip_gradients=1.0,
+        skip_nonfinite=True,
+    )
+    state, moves = op.init(jnp.array(10.0)), []
+    # The second level in a row that is no better than 3 halves the steps.
+    for level in (5.0, 4.0, 3.0, 3.0, 3.0, 3.0, 2.0):
+        before = float(state.params)
+        state, output = op(state, level)
+        moves.append(before - float(state.params))
+        assert output.loss == level
+        assert output.summaries["OptimizeLoss/learning_rate"] == 0.25
+    assert moves == [0.25] * 4 + [0.125] * 3

@@ -9,7 +9,7 @@ import pytest
 
 import optloss
 
-LAYERS = 8
+LAYERS = 4
 WIDTH = 64
 
 
@@ -33,7 +33,8 @@ def loss(params, x):
 
 X = jax.random.normal(jax.random.key(1), (32, WIDTH))
 # The last quarter is trained; what is frozen lies at the input's end.
-TRAINED = ["layer_6/**", "layer_7/*"]
+TRAINED = ["layer_3/*"]
+FROZEN = ("layer_0", "layer_1", "layer_2")
 
 
 def make(loss=loss, **changed):
@@ -50,15 +51,14 @@ def flops(train_op, *args):
 
 def test_frozen_weights_at_the_input_cost_no_backward_pass():
     share = flops(make(variables=TRAINED), X) / flops(make(), X)
-    # Forward 8 layers, backward 2 times 2 of them, less one product at the border; all
-    # of it would be 8 and 2 times 8 less one.
+    # Forward 4 layers, backward 2 products for each, of which the lowest spares one.
     assert share <= 0.75
-    assert share == pytest.approx((8 + 3) / (8 + 15), abs=0.03)
+    assert share == pytest.approx((4 + 1) / (4 + 7), abs=0.03)
 
 
 def test_frozen_leaves_have_no_optimizer_state():
     params = network()
-    alone = {name: params[name] for name in ("layer_6", "layer_7")}
+    alone = {"layer_3": params["layer_3"]}
 
     def size(tree, **arguments):
         state = make(**arguments).init(tree).opt_state
@@ -71,8 +71,8 @@ def test_frozen_leaves_have_no_optimizer_state():
         jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(state)
     ]
-    assert any("layer_6" in path for path in paths)
-    assert not any(re.search("layer_[0-5]", path) for path in paths)
+    assert any("layer_3" in path for path in paths)
+    assert not any(re.search("layer_[0-2]", path) for path in paths)
 
 
 def test_frozen_leaves_are_bit_identical_after_a_hundred_noisy_updates():
@@ -95,13 +95,13 @@ def test_frozen_leaves_are_bit_identical_after_a_hundred_noisy_updates():
         for part, before in layer.items():
             after = np.asarray(state.params[name][part])
             same = after.tobytes() == np.asarray(before).tobytes()
-            assert same is (name not in ("layer_6", "layer_7"))
+            assert same is (name in FROZEN)
 
 
 def test_frozen_leaves_are_in_no_norm_and_the_trained_train_as_alone():
     params = network()
-    frozen = {name: params[name] for name in params if name[-1] not in "67"}
-    alone = {name: params[name] for name in ("layer_6", "layer_7")}
+    frozen = {name: params[name] for name in FROZEN}
+    alone = {"layer_3": params["layer_3"]}
     arguments = {
         "gradient_noise_scale": 0.1,
         "clip_gradients": 0.05,
@@ -124,14 +124,14 @@ def test_frozen_leaves_are_in_no_norm_and_the_trained_train_as_alone():
 
 def test_summaries_are_of_what_is_trained():
     train_op = make(
-        variables=re.compile("layer_7/.*"), summaries=["gradient_norm", "gradients"]
+        variables=re.compile("layer_3/.*"), summaries=["gradient_norm", "gradients"]
     )
     _, output = train_op(train_op.init(network()), X)
     names = {tag.partition("/")[2] for tag in output.summaries}
     assert names == {
         "global_norm/gradient_norm",
         *(
-            f"{kind}/layer_7/{leaf}"
+            f"{kind}/layer_3/{leaf}"
             for kind in ("gradients", "gradient_norm")
             for leaf in ("kernel", "bias")
         ),
@@ -148,7 +148,7 @@ def test_the_chain_alone_saves_state_and_gives_negative_zeros():
     for name in params:
         update = updates[name]["kernel"]
         zeros = bool(((update == 0) & jnp.signbit(update)).all())
-        assert zeros is (name not in ("layer_6", "layer_7"))
+        assert zeros is (name in FROZEN)
 
 
 def test_a_frozen_leaf_that_is_nan_harms_nothing():
@@ -171,10 +171,3 @@ def test_the_loss_sees_the_frozen_leaves_and_may_not_move_them():
     assert output.loss == 36.0
     np.testing.assert_allclose(state.params["a"], 2.0 - 0.1 * 2 * 2 * 9, rtol=1e-6)
     assert state.params["b"] == 3.0
-
-
-def test_the_selection_holds_for_the_state_it_began_with():
-    """A run that goes on under another selection says so, and does not mix states."""
-    state = make(variables=TRAINED).init(network())
-    with pytest.raises((ValueError, TypeError)):
-        make(variables="layer_0/**")(state, X)

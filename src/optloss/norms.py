@@ -15,6 +15,7 @@ Every device of a mesh must come to the same norm, and count each parameter once
   replicated over an axis, as its type tells, is counted once and not once per device.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable
@@ -27,6 +28,9 @@ from jax.sharding import AxisType
 from optloss.trees import accumulator_dtype, inexact_leaves, norm_dtype
 
 Axes = tuple[str, ...]
+
+LARGE = 2**17
+"""Elements of a leaf that is worth a kernel."""
 
 
 def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
@@ -75,20 +79,34 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
 
     def measure(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         scales = carry[0]
-        parts = [(leaf, scales[i]) for i, leaf in enumerate(leaves)]
+        parts = [(leaf, scales[i]) for leaf, i in zip(leaves, places, strict=True)]
         total = _sum(parts, _scaled_square, axes, dtype)
         better = jnp.where(total == jnp.inf, down, jnp.where(total < 2.0**-half, up, 1))
         repeat = (scales[0] == 1) & (better != 1)
         return jnp.where(repeat, better, scales).astype(dtype), total, repeat
 
-    # One scale a leaf: leaves of one shape would share the broadcast of a common one,
-    # which XLA then keeps in memory and reads again for each of them.
-    scales = jnp.ones(len(leaves), dtype)
+    places = _places(leaves)
+    scales = jnp.ones(1 + max(places), dtype)
     first = (scales, jnp.zeros((), dtype), jnp.array(True))
     unsummed = _varying_axes_of(leaves) - set(axes)
     first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
     scales, total, _ = jax.lax.while_loop(again, measure, first)
     return jnp.sqrt(total) / scales[0]
+
+
+def _places(leaves: list[jax.Array]) -> list[int]:
+    """Return which of several equal scales each leaf is multiplied by.
+
+    Leaves of one shape would share the broadcast of a common scale, which XLA on a CPU
+    then keeps in memory and reads again for each. A scale of its own is worth its
+    kernel to a large leaf alone.
+    """
+    shapes: collections.Counter[tuple[int, ...]] = collections.Counter()
+    places = []
+    for leaf in leaves:
+        places.append(shapes[leaf.shape])
+        shapes[leaf.shape] += leaf.size >= LARGE
+    return places
 
 
 @_norm.defjvp
@@ -125,7 +143,7 @@ def _parts(leaf: jax.Array) -> list[jax.Array]:
 
 def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
     """Sum ``fn(*part)`` over all parts, elements and devices."""
-    mesh, explicit = _explicit_axes(parts)
+    mesh, explicit = explicit_axes(parts)
     if not explicit:
         return _sum_here(parts, fn, axes, dtype)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
@@ -139,10 +157,10 @@ def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
     return spread(parts)
 
 
-def _explicit_axes(parts: list[Any]) -> tuple[Any, Axes]:
-    """Return the Explicit axes that a leaf is sharded over, and their mesh."""
+def explicit_axes(tree: Any) -> tuple[Any, Axes]:
+    """Return the mesh and those Explicit axes that a leaf of ``tree`` is sharded over."""
     found: dict[str, Any] = {}
-    for leaf in jax.tree.leaves(parts):
+    for leaf in jax.tree.leaves(tree):
         mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
         for axis in jax.tree.leaves(tuple(spec)):
             kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from optloss.norms import varying_axes
+from optloss.norms import explicit_axes, varying_axes
 from optloss.trees import inexact_leaves, norm_dtype
 
 LEARNING_RATE = "learning_rate"
@@ -103,7 +103,7 @@ def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
         :class:`~optloss.integrations.tensorboard.SummaryWriter`, which shows it.
     """
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    dtype = _dtype_of(tree)
+    dtype = np.dtype(norm_dtype(tree))
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     parts = [_over_the_mesh(leaf, axes, dtype) for leaf in leaves]
     return functools.reduce(_merge, parts) if parts else empty_histogram(tree)
@@ -116,7 +116,7 @@ def empty_histogram(tree: Any = None) -> Histogram:
     >>> print(empty.num, empty.bucket_counts.sum(), empty.bucket_counts.shape)
     0 0 (1551,)
     """
-    dtype = _dtype_of(tree)
+    dtype = np.dtype(norm_dtype(tree))
     largest = float(jnp.finfo(dtype).max)
     nothing, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
     limits = jnp.asarray(bucket_limits(dtype))
@@ -130,11 +130,6 @@ def empty_histogram(tree: Any = None) -> Histogram:
         bucket_limits=limits,
         bucket_counts=jnp.zeros(limits.shape, jnp.int32),
     )
-
-
-def _dtype_of(tree: Any) -> np.dtype[Any]:
-    # NumPy's float64 arrives as float32 where JAX has no float64.
-    return np.dtype(jax.dtypes.canonicalize_dtype(norm_dtype(tree)))
 
 
 @functools.cache
@@ -193,15 +188,13 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> Any:
-    sharding = jax.typeof(leaf).sharding
-    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    mesh, explicit = explicit_axes(leaf)
     if not explicit:
         return _of_a_leaf(leaf, axes, dtype)
     spread: Callable[[jax.Array], Any] = jax.shard_map(
-        lambda leaf: _of_a_leaf(leaf, explicit, dtype),
-        mesh=sharding.mesh,
-        in_specs=sharding.spec,
+        lambda leaf: _of_a_leaf(leaf, (*axes, *explicit), dtype),
+        mesh=mesh,
+        in_specs=jax.typeof(leaf).sharding.spec,
         out_specs=PartitionSpec(),
         axis_names=set(explicit),
     )

@@ -31,7 +31,7 @@ def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def accumulator_dtype(dtype: Any) -> Any:
     """Return the dtype sums over ``dtype`` are kept in: at least float32, same kind."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
 
 
 def real_dtype(dtype: Any) -> Any:
@@ -77,6 +77,7 @@ def scale_leaves(tree: Any, factor: float | jax.Array) -> Any:
 
 
 def _scale(leaf: jax.Array, factor: float | jax.Array) -> jax.Array:
+    leaf = jnp.asarray(leaf)
     wide = leaf.astype(accumulator_dtype(leaf.dtype))
     by = jnp.asarray(factor, real_dtype(wide.dtype))
     if jnp.iscomplexobj(wide):
@@ -114,7 +115,8 @@ def negative_zeros(shapes: Any, like: Any) -> Any:
             return leaf
         complex_leaf = jnp.issubdtype(shape.dtype, jnp.complexfloating)
         nothing = complex(-0.0, -0.0) if complex_leaf else -0.0
-        return jnp.full_like(leaf, nothing, dtype=shape.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(shape.dtype)
+        return jnp.full_like(leaf, nothing, dtype=dtype)
 
     return jax.tree.map(zero, shapes, like)
 

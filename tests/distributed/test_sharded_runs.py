@@ -279,7 +279,7 @@ def test_a_gradient_may_be_kept_beside_its_parameter(colocate):
 
 
 def noise_on(mesh, tree, specs, **options):
-    noise = optloss.add_gradient_noise(1.0, key=3, **options)
+    noise = optloss.add_gradient_noise(0.05, annealing=0.55, key=3, **options)
     tree = put(tree, mesh, specs)
 
     @jax.jit
@@ -292,10 +292,10 @@ def noise_on(mesh, tree, specs, **options):
 
 
 LEAVES = {
-    "kernel": np.linspace(-1, 1, 64 * 24, dtype=np.float32).reshape(64, 24),
-    "half": jnp.linspace(-1, 1, 1000, dtype=jnp.bfloat16),
-    "complex": np.linspace(-1, 1j, 64 * 3, dtype=np.complex64).reshape(3, 64),
-    "scalar": np.float32(0),
+    "kernel": np.zeros((64, 24), np.float32),
+    "half": jnp.zeros(1000, jnp.bfloat16),
+    "complex": np.zeros((3, 64), np.complex64),
+    "scalar": np.zeros((), np.float32),
 }
 SPREAD = {
     "kernel": P("data"),
