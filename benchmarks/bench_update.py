@@ -60,7 +60,7 @@ class Cell:
 
 
 def optloss_step(cell: Cell, pack: int) -> tuple[Callable, Any]:
-    """Return the step (params, state, gradients) -> (params, state, seen) and its state."""
+    """Return ``step(params, state, gradients) -> params, state, seen`` and ``init``."""
     features: dict[str, Any] = {}
     if cell.feature != "adam":
         features["clip_gradients"] = 1.0
@@ -184,7 +184,8 @@ def torch_step(cell: Cell) -> Callable[[], None] | None:
         return None
     params = [torch.nn.Parameter(torch.tensor(v)) for v in cell.tree(0).values()]
     pool = [
-        [torch.tensor(v) for v in cell.tree(seed).values()] for seed in range(1, POOL + 1)
+        [torch.tensor(v) for v in cell.tree(seed).values()]
+        for seed in range(1, POOL + 1)
     ]
     optimizer = torch.optim.Adam(params, lr=1e-3, fused=True)
     turn = 0
@@ -213,8 +214,8 @@ def copy_step(cell: Cell) -> Callable[[], None]:
         copy = jax.jit(lambda x, by: x + by)
         by = jnp.float32(1)
         return lambda: jax.block_until_ready(copy(source, by))
-    # Read: gradient twice, parameter, two moments. Written: the last three. A copy of four
-    # arrays reads four and writes four.
+    # Read: gradient twice, parameter, two moments. Written: the last three. A copy of
+    # four arrays reads four and writes four.
     cores = 2
     source = np.ones((cores, 4 * cell.parameters // cores), np.float32)
     target = np.empty_like(source)
@@ -267,7 +268,7 @@ def host_time(rounds: int = 200) -> dict[str, float]:
         moved = jax.jit(
             lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0
         )
-        tree = jax.device_put({name: params for name in ("params", "mu", "nu")})
+        tree = jax.device_put(dict.fromkeys(("params", "mu", "nu"), params))
         tree = jax.tree.map(jnp.copy, tree)
 
         def step() -> None:
@@ -336,8 +337,8 @@ def page(rows: list[dict[str, Any]], host: dict[str, float]) -> str:
     return f"""{table(rows)}
 
 The host's time per call of a training op with 400 leaves of two elements, to that of a
-bare jitted function of the same tree: {host["plain"]:.2f}, and {host["packed"]:.2f} with
-`pack_small_leaves`.
+bare jitted function of the same tree: {host["plain"]:.2f}, and
+{host["packed"]:.2f} with `pack_small_leaves`.
 """
 
 

@@ -11,7 +11,8 @@ few tokens, so that activations are small beside the gradients.
 What each device holds is what XLA's ``memory_analysis`` says of the compiled program.
 The collectives are counted in its HLO. Those of the norm, on which the clip, the
 summaries and the check for NaN rest, stand in its loop; the others are the model's.
-Prints a table, and writes it to ``benchmarks/results/large_model.json``.
+Prints a table, and writes it to ``docs/tables/`` and the figures to
+``benchmarks/results/``, unless the model was cut.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import optloss
 
 RESULTS = Path(__file__).parent / "results"
+TABLES = Path(__file__).parents[1] / "docs" / "tables"
 AXES = ("data", "model")
 MEASURED = {"summaries": ["loss", "learning_rate", "global_gradient_norm"]}
 EVERYTHING = {
@@ -260,17 +262,16 @@ def table(rows: list[dict[str, Any]], moved: dict[str, float]) -> str:
     ]
     for row in rows:
         sizes = [
-            f"{row[name] / 1e6:.1f}"
+            f"{row[name] / 1e6:.1f} MB"
             for name in ("parameters", "state", "gradients", "temporaries")
         ]
-        share = f"{row['temporaries'] / row['gradients']:.3f}"
         norm = " + ".join(str(one["bytes"]) for one in row["collectives_of_the_norm"])
         cells = [
             row["step"],
             *sizes,
-            share,
+            f"{row['temporaries'] / row['gradients']:.3f}",
             str(row["collectives_of_the_model"]),
-            f"{len(row['collectives_of_the_norm'])} ({norm or 0} B)",
+            f"{norm} B" if norm else "none",
             f"{moved[row['step']]:.0f} B",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -287,26 +288,24 @@ def main() -> None:
     mesh = jax.make_mesh((8, 8), AXES, axis_types=(AxisType.Auto,) * 2)
     size = Size(layers=args.layers)
     leaves = jax.tree.leaves(shapes_of(size, mesh))
-    parameters = sum(leaf.size for leaf in leaves)
-    rows, moved = simulate(size, mesh, args.length), traffic()
-    print(f"{len(leaves)} leaves, {parameters / 1e9:.2f}e9 parameters on {mesh.shape}")
-    print("Megabytes a device:\n")
-    print(table(rows, moved), flush=True)
-    if args.layers != Size.layers:
-        return
-    RESULTS.mkdir(exist_ok=True)
     result = {
         "jax": jax.__version__,
         "machine": platform.machine(),
         "mesh": dict(mesh.shape),
         "leaves": len(leaves),
-        "parameters": parameters,
+        "parameters": sum(leaf.size for leaf in leaves),
         "tokens_per_sequence": args.length,
-        "rows": rows,
-        "bytes_moved_per_parameter": moved,
+        "rows": simulate(size, mesh, args.length),
+        "bytes_moved_per_parameter": traffic(),
     }
-    path = RESULTS / "large_model.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    printed = table(result["rows"], result["bytes_moved_per_parameter"])
+    print(f"{result['leaves']} leaves, {result['parameters'] / 1e9:.2f}e9 parameters\n")
+    print(printed)
+    if (args.layers, args.length) == (Size.layers, 8):
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / "large_model.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        (TABLES / "large_model.md").write_text(printed + "\n")
 
 
 if __name__ == "__main__":

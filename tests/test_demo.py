@@ -101,8 +101,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
         ),
         (
             ["--noise=-1"],
-            "optimize_loss(gradient_noise_scale=-1.0): must be a finite real number >= 0, "
-            "a 0-d array or a transformation such as add_gradient_noise(0.1, "
+            "optimize_loss(gradient_noise_scale=-1.0): must be a finite real number "
+            ">= 0, a 0-d array or a transformation such as add_gradient_noise(0.1, "
             "annealing=0.55).",
         ),
     ],

@@ -11,7 +11,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_digits(seed: int) -> Digits:
     """Return the bundled digits, a third of them held out."""
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     images = (bunch.images[..., None] / 16).astype(np.float32)
     order = np.random.default_rng(seed).permutation(len(images))
     held_out, kept = np.split(order, [len(order) // 3])
@@ -170,7 +170,7 @@ def train(
 
 
 @contextlib.contextmanager
-def interruptions() -> Iterator[threading.Event]:
+def interruptions() -> Generator[threading.Event]:
     """Turn a Ctrl-C into an event: a step under way owns the only copy of the state."""
     event = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: event.set())
@@ -218,9 +218,9 @@ def restore(manager: Manager, state: optloss.TrainOpState) -> optloss.TrainOpSta
     if manager is None or manager.latest_step() is None:
         return state
     target = ocp.args.StandardRestore(state)
-    restored: optloss.TrainOpState = manager.restore(manager.latest_step(), args=target)
+    restored: Any = manager.restore(manager.latest_step(), args=target)
     print(f"goes on from step {restored.step}\n")
-    return restored
+    return optloss.TrainOpState(*restored)
 
 
 def save(manager: Manager, state: optloss.TrainOpState) -> None:

@@ -91,7 +91,8 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
     unsummed = _varying_axes_of(leaves) - set(axes)
     first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
     scales, total, _ = jax.lax.while_loop(again, measure, first)
-    return jnp.sqrt(total) / scales[0]
+    norm: jax.Array = jnp.sqrt(total) / scales[0]
+    return norm
 
 
 def _places(leaves: list[jax.Array]) -> list[int]:
@@ -147,7 +148,7 @@ def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
     if not explicit:
         return _sum_here(parts, fn, axes, dtype)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
-    spread = jax.shard_map(
+    spread: Callable[..., jax.Array] = jax.shard_map(
         lambda parts: _sum_here(parts, fn, (*axes, *explicit), dtype),
         mesh=mesh,
         in_specs=(specs,),
@@ -158,7 +159,7 @@ def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
 
 
 def explicit_axes(tree: Any) -> tuple[Any, Axes]:
-    """Return the mesh and those Explicit axes that a leaf of ``tree`` is sharded over."""
+    """Return the mesh and the Explicit axes that a leaf of ``tree`` is sharded over."""
     found: dict[str, Any] = {}
     for leaf in jax.tree.leaves(tree):
         mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec

@@ -9,6 +9,7 @@ import numpy as np
 from optloss.chain import Chain
 from optloss.messages import check_bool, check_int, is_array, listing, refusal
 from optloss.names import check_variables
+from optloss.rates import is_schedule
 from optloss.stages import (
     AxisName,
     check_axis_name,
@@ -16,7 +17,6 @@ from optloss.stages import (
     check_noise,
     check_pack_size,
     clip_stage,
-    is_schedule,
     multiplier_stage,
     noise_stage,
     optimizer_stage,
@@ -205,11 +205,8 @@ def _check_global_step(step: Any) -> None:
     if is_array(step):
         good = step.shape == () and jnp.issubdtype(step.dtype, jnp.integer)
     else:
-        good = (
-            isinstance(step, (int, np.integer))
-            and not isinstance(step, bool)
-            and 0 <= step < 2**31
-        )
+        whole = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
+        good = whole and 0 <= int(step) < 2**31
     if not good:
         raise refusal(
             CALL,

@@ -130,8 +130,8 @@ def unpack(packed: PackedTree, like: Any, layout: Layout) -> Any:
 def _starts(vector: jax.Array, slots: tuple[Slot, ...]) -> list[Any]:
     """Return where each leaf starts, on a CPU as numbers that XLA does not know.
 
-    Known, each would be a constant in a kernel of its own, and 400 kernels that differ in
-    nothing else take 6 seconds to compile. As arguments of one kernel: half a second.
+    Known, each would be a constant in a kernel of its own, and 400 kernels that differ
+    in nothing else take 6 s to compile. As arguments of one kernel: half a second.
     """
     ends = np.cumsum([slot.rows * ROW for slot in slots])
     starts = [0, *map(int, ends[:-1])]
@@ -140,12 +140,13 @@ def _starts(vector: jax.Array, slots: tuple[Slot, ...]) -> list[Any]:
     first = vector[0].real
     bits = jax.lax.bitcast_convert_type(first, f"uint{first.dtype.itemsize * 8}")
     always = jax.lax.population_count(bits) <= bits.dtype.itemsize * 8
-    return jax.lax.platform_dependent(
+    unknown: list[Any] = jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(
             always, lambda: _scalars(starts), lambda: _scalars([0] * len(starts))
         ),
         default=lambda: _scalars(starts),
     )
+    return unknown
 
 
 def _scalars(numbers: list[int]) -> list[jax.Array]:

@@ -14,6 +14,7 @@ import itertools
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -36,7 +37,7 @@ def place_beside(state: Any, params: Any) -> Any:
 
     def place(path: Path, leaf: Any) -> Any:
         parameter = _mirrored(path, leaf, mirrored)
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             return _place_traced(leaf, parameter, home)
         if home is None or not isinstance(leaf, jax.Array):
             return leaf
@@ -55,7 +56,7 @@ def _put(leaf: Any, sharding: Any) -> Any:
 def _home(parameters: Any) -> Any:
     """Return the sharding of the first parameter that says where it is."""
     for leaf in parameters:
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             sharding = jax.typeof(leaf).sharding
             if AxisType.Explicit in sharding.mesh.axis_types:
                 return sharding
@@ -93,13 +94,13 @@ def _place_traced(leaf: Any, parameter: Any, home: Any) -> Any:
 
 
 def shard_like(tree: Any, like: Any) -> Any:
-    """Return the traced ``tree`` with each leaf constrained to the sharding of ``like``'s.
+    """Return the traced ``tree`` with each leaf in the sharding of its like.
 
     Nothing is to be done in an eager call, where an array is where it is.
     """
 
     def constrain(leaf: Any, other: Any) -> Any:
-        if not isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, Tracer):
             return leaf
         # JAX lowers equal calls once, and pairs of one shape would become one group
         # (jax 0.10): metadata of its own keeps each call apart.

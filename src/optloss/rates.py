@@ -14,7 +14,7 @@ def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
         raise refusal(
             call, "decay_fn", decay_fn, "must be a function (rate, step) -> rate."
         )
-    if callable(learning_rate) and not isinstance(learning_rate, type):
+    if is_schedule(learning_rate):
         if decay_fn is not None:
             raise refusal(
                 call,
@@ -24,6 +24,11 @@ def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
             )
         return
     check_rate_number(call, "learning_rate", learning_rate)
+
+
+def is_schedule(learning_rate: Any) -> bool:
+    """Tell whether ``learning_rate`` is a function of the step."""
+    return callable(learning_rate) and not isinstance(learning_rate, type)
 
 
 def check_rate_number(call: str, argument: str, value: Any) -> None:
@@ -72,6 +77,32 @@ def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
             call, argument, fn, f"must return a real scalar, returned {show(result)}."
         )
     return result
+
+
+def check_decay(call: str, decay_fn: Any) -> None:
+    """Refuse a ``learning_rate_decay_fn`` that cannot be called."""
+    if decay_fn is not None and not callable(decay_fn):
+        raise refusal(
+            call,
+            "learning_rate_decay_fn",
+            decay_fn,
+            "must be a function (learning_rate, step) -> rate.",
+        )
+
+
+def check_result(call: str, learning_rate: Any, decay_fn: Any) -> None:
+    """Refuse a decay function or a schedule that computes no real scalar."""
+
+    def compute(rate: jax.Array, step: jax.Array) -> tuple[()]:
+        if decay_fn is not None:
+            result = decay_fn(rate, step)
+            check_scalar(call, "learning_rate_decay_fn", decay_fn, result)
+        elif is_schedule(learning_rate):
+            check_scalar(call, "learning_rate", learning_rate, learning_rate(step))
+        return ()
+
+    rate, step = (jax.ShapeDtypeStruct((), t) for t in (jnp.float32, jnp.int32))
+    jax.eval_shape(compute, rate, step)
 
 
 def _is_real(dtype: Any) -> bool:

@@ -19,7 +19,12 @@ from optloss.messages import check_int, check_number, refusal, show
 from optloss.names import Pattern
 from optloss.names import check_variables as check_variables
 from optloss.optimizers.registry import get_factory, title
-from optloss.rates import check_scalar, check_transformation
+from optloss.rates import (
+    check_decay,
+    check_result,
+    check_transformation,
+    is_schedule,
+)
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
 from optloss.transforms.learning_rate import inject_learning_rate
 from optloss.transforms.multipliers import check_multipliers, multiply_gradients
@@ -119,7 +124,7 @@ def clip_stage(call: str, clip: Any, axis_name: AxisName) -> Stage:
             clip,
             f"is a function that makes a clip. Call it: {_root(clip).__name__}(...).",
         )
-    if callable(clip) and not isinstance(clip, type):
+    if _is_function(clip):
         return Stage(f"clip_by_function({show(clip)})", clip_by_function(clip))
     check_number(
         call,
@@ -131,6 +136,10 @@ def clip_stage(call: str, clip: Any, axis_name: AxisName) -> Stage:
     )
     transform = clip_by_global_norm(clip, axis_name=axis_name)
     return Stage(f"clip_by_global_norm({show(clip)})", transform, packs=True)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def _root(function: Any) -> Any:
@@ -181,22 +190,6 @@ def check_learning_rate(
     )
 
 
-def is_schedule(learning_rate: Any) -> bool:
-    """Tell whether ``learning_rate`` is a function of the step."""
-    return callable(learning_rate) and not isinstance(learning_rate, type)
-
-
-def check_decay(call: str, decay_fn: Any) -> None:
-    """Refuse a ``learning_rate_decay_fn`` that cannot be called."""
-    if decay_fn is not None and not callable(decay_fn):
-        raise refusal(
-            call,
-            "learning_rate_decay_fn",
-            decay_fn,
-            "must be a function (learning_rate, step) -> rate.",
-        )
-
-
 def _takes(function: Any, arguments: int) -> bool:
     if isinstance(function, str) or not callable(function):
         return False
@@ -225,7 +218,7 @@ def optimizer_stage(
         return _instance_stage(call, optimizer)
     if learning_rate is None:
         return _instance_stage(call, check_transformation(call, optimizer()))
-    _probe_rate(call, learning_rate, decay_fn)
+    check_result(call, learning_rate, decay_fn)
     factory, text = _factory(call, optimizer)
     _probe_factory(call, factory)
     rate = show(learning_rate)
@@ -238,22 +231,6 @@ def optimizer_stage(
 def _instance_stage(call: str, optimizer: Any) -> Stage:
     text = f"{name_of(optimizer)} at its own rate"
     return Stage(text, optax.with_extra_args_support(optimizer))
-
-
-def _probe_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
-    def compute(rate: jax.Array, step: jax.Array) -> tuple[()]:
-        if decay_fn is not None:
-            result = decay_fn(rate, step)
-            check_scalar(call, "learning_rate_decay_fn", decay_fn, result)
-        elif is_schedule(learning_rate):
-            check_scalar(call, "learning_rate", learning_rate, learning_rate(step))
-        return ()
-
-    jax.eval_shape(compute, _scalar(jnp.float32), _scalar(jnp.int32))
-
-
-def _scalar(dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), dtype)
 
 
 def _factory(call: str, optimizer: Any) -> tuple[Callable[..., Any], str]:
@@ -280,7 +257,7 @@ def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
         _refuse_injected(call, check_transformation(call, factory(rate)))
         return ()
 
-    jax.eval_shape(build, _scalar(jnp.float32))
+    jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def _refuse_injected(call: str, transform: Any) -> None:

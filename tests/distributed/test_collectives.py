@@ -1,5 +1,6 @@
 """What the library adds to the collectives of the model, counted in the HLO."""
 
+import functools
 import math
 
 import jax
@@ -26,26 +27,34 @@ from jax.sharding import PartitionSpec as P
 
 import optloss
 
-MEASURED = {
-    "clip_gradients": 1.0,
-    "skip_nonfinite": True,
-    "summaries": ["loss", "learning_rate", "global_gradient_norm"],
+OPTIONS = {
+    "bare": {"summaries": []},
+    "measured": {
+        "clip_gradients": 1.0,
+        "skip_nonfinite": True,
+        "summaries": ["loss", "learning_rate", "global_gradient_norm"],
+    },
+    "noisy": {"summaries": [], "gradient_noise_scale": 0.1},
 }
-BARE = {"summaries": []}
 LEAVES = 4
 ON_A_PLANE = {
     "embedding": P("data", "model"),
     "dense": {"kernel": P("data", "model"), "bias": P("model")},
     "scale": P(),
 }
-MESHES = {
+LAYOUTS = {
+    "replicated": ((8,), ("data",), REPLICATED),
     "line": ((8,), ("data",), SHARDED),
     "plane": ((4, 2), ("data", "model"), ON_A_PLANE),
 }
+KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 
 
-def under_jit(mesh, specs, options):
-    op = optloss.optimize_loss(loss_on(mesh), 0, 0.1, "adam", **options)
+@functools.cache
+def under_jit(kind, layout, options):
+    shape, names, specs = LAYOUTS[layout]
+    mesh = make_mesh(shape, names, kind)
+    op = optloss.optimize_loss(loss_on(mesh), 0, 0.1, "adam", **OPTIONS[options])
     with entered(mesh):
         state = op.init(put(make_params(), mesh, specs))
         batch = put(make_batches(1)[0], mesh, P("data"))
@@ -54,9 +63,11 @@ def under_jit(mesh, specs, options):
         return collectives(step.lower(state, *batch).compile())
 
 
-def under_shard_map(specs, options, check_vma=True):
+@functools.cache
+def under_shard_map(layout, options, check_vma=True):
+    specs = {"sharded": SHARDED, "mixed": MIXED}[layout]
     op = optloss.optimize_loss(
-        manual_loss(specs), 0, 0.1, "adam", axis_name="data", **options
+        manual_loss(specs), 0, 0.1, "adam", axis_name="data", **OPTIONS[options]
     )
     state = op.init(make_params())
     spread = specs_of(state, specs)
@@ -70,64 +81,52 @@ def under_shard_map(specs, options, check_vma=True):
     return collectives(jax.jit(step).lower(state, *make_batches(1)[0]).compile())
 
 
-@pytest.mark.parametrize(("shape", "names", "specs"), MESHES.values(), ids=MESHES)
-def test_with_explicit_axes_it_is_one_all_reduce_of_a_scalar(shape, names, specs):
-    mesh = make_mesh(shape, names, EXPLICIT)
-    bare, full = (under_jit(mesh, specs, options) for options in (BARE, MEASURED))
+@pytest.mark.parametrize("layout", ["line", "plane"])
+def test_with_explicit_axes_it_is_one_all_reduce_of_a_scalar(layout):
+    bare, full = (under_jit(EXPLICIT, layout, it) for it in ("bare", "measured"))
     assert bare - full == {}
     assert full - bare == {Collective("all-reduce", 1, 4): 1}
 
 
-@pytest.mark.parametrize(("shape", "names", "specs"), MESHES.values(), ids=MESHES)
-def test_with_auto_axes_it_is_one_combined_instruction_a_set_of_axes(
-    shape, names, specs
-):
-    mesh = make_mesh(shape, names, AUTO)
-    bare, full = (under_jit(mesh, specs, options) for options in (BARE, MEASURED))
+@pytest.mark.parametrize("layout", ["line", "plane"])
+def test_with_auto_axes_it_is_one_combined_instruction_a_set_of_axes(layout):
+    bare, full = (under_jit(AUTO, layout, it) for it in ("bare", "measured"))
     assert bare - full == {}
     added = [*(full - bare).elements()]
-    used = {axis for spec in jax.tree.leaves(specs) for axis in spec}
-    assert 1 <= len(added) <= len(used)
+    assert 1 <= len(added) <= {"line": 1, "plane": 2}[layout]
     for one in added:
         assert one.kind == "all-reduce"
         assert one.bytes <= 4 * LEAVES
 
 
-@pytest.mark.parametrize("specs", [SHARDED, MIXED], ids=["sharded", "mixed"])
-def test_under_shard_map_it_is_one_all_reduce_of_a_scalar(specs):
-    bare, full = (under_shard_map(specs, options) for options in (BARE, MEASURED))
+@pytest.mark.parametrize("layout", ["sharded", "mixed"])
+def test_under_shard_map_it_is_one_all_reduce_of_a_scalar(layout):
+    bare, full = (under_shard_map(layout, it) for it in ("bare", "measured"))
     assert bare - full == {}
     assert full - bare == {Collective("all-reduce", 1, 4): 1}
 
 
 def test_where_types_say_nothing_the_loss_is_asked_after_as_well():
     bare, full = (
-        under_shard_map(SHARDED, options, check_vma=False)
-        for options in (BARE, MEASURED)
+        under_shard_map("sharded", it, check_vma=False) for it in ("bare", "measured")
     )
     assert full - bare == {Collective("all-reduce", 1, 4): 2}
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@KINDS
 def test_data_parallel_training_adds_nothing(kind):
-    bare, full = (
-        under_jit(line(kind), REPLICATED, options) for options in (BARE, MEASURED)
-    )
+    bare, full = (under_jit(kind, "replicated", it) for it in ("bare", "measured"))
     assert full == bare
     assert sum(full.values()) == 1
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@KINDS
 def test_noise_is_drawn_where_it_is_added(kind):
-    noisy = {**BARE, "gradient_noise_scale": 0.1}
-    bare, full = (under_jit(line(kind), SHARDED, options) for options in (BARE, noisy))
-    assert full == bare
+    assert under_jit(kind, "line", "noisy") == under_jit(kind, "line", "bare")
 
 
 def test_under_shard_map_noise_is_drawn_where_it_is_added():
-    noisy = {**BARE, "gradient_noise_scale": 0.1}
-    bare, full = (under_shard_map(MIXED, options) for options in (BARE, noisy))
-    assert full == bare
+    assert under_shard_map("mixed", "noisy") == under_shard_map("mixed", "bare")
 
 
 def test_the_counter_sees_what_is_there():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_number, is_number, refusal
+from optloss.messages import check_int, check_number, is_number, refusal
 from optloss.names import Pattern, assign, is_pattern, leaf_names
 from optloss.packed import Packed, PackedTree, Slot, column, map_rows
 from optloss.trees import is_inexact, scale_leaves
@@ -177,22 +177,19 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
         lambda number: 0 < number < float("inf"),
         "a real number > 0.",
     )
-    if not isinstance(pattern, str) or "{}" not in pattern:
+    if not _is_numbered(pattern):
         raise refusal(
             "layerwise_decay",
             "pattern",
             pattern,
             "must be a str with {} where the layer's number goes.",
         )
-    if (
-        not isinstance(num_layers, int)
-        or isinstance(num_layers, bool)
-        or num_layers < 1
-    ):
-        raise refusal(
-            "layerwise_decay", "num_layers", num_layers, "must be an int >= 1."
-        )
+    check_int("layerwise_decay", "num_layers", num_layers, 1, "an int >= 1.")
     return {
         pattern.replace("{}", str(i)): rate ** (num_layers - i)
         for i in range(num_layers)
     }
+
+
+def _is_numbered(pattern: Any) -> bool:
+    return isinstance(pattern, str) and "{}" in pattern

@@ -157,6 +157,7 @@ def add_gradient_noise(
 def _add_to(updates: Any, add: Callable[..., list[jax.Array]], axes: Axes) -> Any:
     tree = updates.tree.large if isinstance(updates, Packed) else updates
     leaves, structure = jax.tree.flatten(tree)
+    count = len(leaves)
     names: list[str | Rows] = [*leaf_names(tree)]
     if isinstance(updates, Packed):
         for dtype, slots in updates.layout.vectors:
@@ -171,14 +172,12 @@ def _add_to(updates: Any, add: Callable[..., list[jax.Array]], axes: Axes) -> An
     )
     for i, leaf in zip(places, noisy, strict=True):
         leaves[i] = leaf
-    large = jax.tree.unflatten(structure, leaves[: structure.num_leaves])
+    large = jax.tree.unflatten(structure, leaves[:count])
     if not isinstance(updates, Packed):
         return large
     vectors = {
         dtype: rows.reshape(-1)
-        for (dtype, _), rows in zip(
-            updates.layout.vectors, leaves[structure.num_leaves :], strict=True
-        )
+        for (dtype, _), rows in zip(updates.layout.vectors, leaves[count:], strict=True)
     }
     return Packed(PackedTree(vectors, large), updates.layout)
 

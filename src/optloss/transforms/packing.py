@@ -178,7 +178,8 @@ def _run(
 ) -> list[Any]:
     update: Any = jax.jit(transform.update)
     params, gradients = jax.tree.map(jnp.asarray, (params, gradients))
-    state, result = transform.init(params), []
+    state = transform.init(params)
+    result: list[Any] = []
     for step, gradient in enumerate(gradients):
         updates, state = update(
             gradient, state, params, step=jnp.asarray(step), value=jnp.ones(())
