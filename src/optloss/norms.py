@@ -74,7 +74,7 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
     half, digits = jnp.finfo(dtype).maxexp // 2, jnp.finfo(dtype).nmant
     down, up = 2.0 ** -(half + 16), 2.0 ** (half + digits)
 
-    def again(carry: tuple[Any, ...]) -> jax.Array:
+    def again(carry: tuple[Any, ...]) -> Any:
         return carry[2]
 
     def measure(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -91,8 +91,7 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
     unsummed = _varying_axes_of(leaves) - set(axes)
     first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
     scales, total, _ = jax.lax.while_loop(again, measure, first)
-    norm: jax.Array = jnp.sqrt(total) / scales[0]
-    return norm
+    return jnp.sqrt(total) / scales[0]
 
 
 def _places(leaves: list[jax.Array]) -> list[int]:

@@ -14,8 +14,8 @@ import itertools
 from typing import Any
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec

@@ -97,5 +97,6 @@ class TrainState(train_state.TrainState):
         seeing = self.replace(tx=optax.GradientTransformation(tx.init, update))
         # The step of a jitted loop must keep its tx: it is part of the cache key.
         fields.setdefault("tx", self.tx)
-        state: Self = super(TrainState, seeing).apply_gradients(grads=grads, **fields)
+        flax_state: Any = super(TrainState, seeing)
+        state: Self = flax_state.apply_gradients(grads=grads, **fields)
         return state
