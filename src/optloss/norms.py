@@ -91,7 +91,8 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
     unsummed = _varying_axes_of(leaves) - set(axes)
     first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
     scales, total, _ = jax.lax.while_loop(again, measure, first)
-    return jnp.sqrt(total) / scales[0]
+    norm: jax.Array = jnp.sqrt(total) / scales[0]
+    return norm
 
 
 def _places(leaves: list[jax.Array]) -> list[int]:
