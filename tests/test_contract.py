@@ -203,6 +203,24 @@ def assert_passed_on(grads, updates, *, widened):
         assert np.isfinite(np.asarray(after, np.complex128)).all()
 
 
+@pytest.mark.parametrize(
+    "name", ["noise", "multipliers", "clip", "adaptive clip", "rate", "guard"]
+)
+def test_no_nan_is_made_of_an_infinity(name):
+    params = {"dense": {"kernel": jnp.ones(3), "wave": jnp.ones(2, jnp.complex64)}}
+    grads = {
+        "dense": {
+            "kernel": jnp.array([jnp.inf, -jnp.inf, 1]),
+            "wave": jnp.array([complex(np.inf, -2), complex(3, -np.inf)]),
+        }
+    }
+    transform = build(name)
+    updates, state = jax.jit(transform.update)(grads, transform.init(params), params)
+    for leaf in jax.tree.leaves((updates, state)):
+        parts = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+        assert not any(np.isnan(part).any() for part in parts)
+
+
 @pytest.mark.parametrize("tree", [{}, (None,), {"n": jnp.arange(3)}], ids=str)
 @pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - NEED_A_PARAMETER))
 def test_a_tree_without_anything_to_train_is_fine(name, tree):

@@ -186,8 +186,10 @@ def test_the_tails_of_ten_million_draws_are_full():
         assert abs((z > bound).sum() - expected) < 4 * np.sqrt(expected)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("threefry2x32", jnp.complex128), *((i, jnp.complex64) for i in IMPLEMENTATIONS)],
+)
 def test_a_complex_draw_has_a_mean_square_of_one(impl, dtype):
     with jax.enable_x64(True):
         likes, key = [jnp.zeros(MANY // 5, dtype)], jax.random.key(1, impl=impl)
@@ -214,9 +216,10 @@ def test_half_precision_is_rounded_from_float32(dtype):
 
 
 def correlations(draws):
+    """The largest correlation between two of the draws, or between their squares."""
     values = np.stack([np.ravel(z) for z in draws]).astype(np.float64)
-    found = np.corrcoef(np.concatenate([values, values**2]))
-    return np.abs(found - np.eye(len(found))).max()
+    between = ~np.eye(len(values), dtype=bool)
+    return max(np.abs(np.corrcoef(v)[between]).max() for v in (values, values**2))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -263,7 +266,7 @@ def test_counters_do_not_repeat_beyond_two_to_the_32():
 
 # What a draw may not depend on
 
-SHAPES = [(), (1,), (7,), (256,), (257,), (50, 50), (3, 5, 7), (0, 3), (SMALL,)]
+SHAPES = [(), (1,), (257,), (3, 5, 7), (0, 3), (SMALL,)]
 LARGE = [(SMALL + 1,), (300, 111)]
 
 
@@ -280,8 +283,23 @@ def test_a_leaf_is_drawn_the_same_alone_and_among_others(distribution):
         assert together[i].shape == like.shape
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize("quantile", [normals.box_muller, normals.truncated_quantile])
+def test_one_element_is_rounded_like_many(quantile):
+    r0, r1 = np.random.default_rng(0).integers(0, 2**32, (2, 500), dtype=np.uint32)
+    draw_some = jax.jit(lambda std, *words: 1 + std * quantile(words))
+    many = draw_some(0.5, r0, r1)
+    one_by_one = [draw_some(0.5, r0[i : i + 1], r1[i : i + 1]) for i in range(500)]
+    np.testing.assert_array_equal(many, jnp.concatenate(one_by_one))
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("threefry2x32", jnp.bfloat16),
+        ("threefry2x32", jnp.complex64),
+        *((impl, jnp.float32) for impl in IMPLEMENTATIONS),
+    ],
+)
 def test_a_matrix_of_leaves_is_drawn_as_the_leaves_are(impl, dtype):
     key, width = jax.random.key(4, impl=impl), 128
     sizes = (300, 128, 1, 513)
@@ -389,10 +407,9 @@ SHARDED_SHAPES = [(512, 64), (64, 512), (64,), (128, 8), (8, 16, 16)]
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axes", MESHES)
-@pytest.mark.parametrize("impl", ["threefry2x32"])
-def test_each_device_draws_its_own_shard(axes, kind, impl):
+def test_each_device_draws_its_own_shard(axes, kind):
     names = [f"leaf{i}" for i in range(len(SHARDED_SHAPES))]
-    words, impl = split_key(jax.random.key(0, impl=impl))
+    words, impl = split_key(0)
     words = np.asarray(words)
 
     def noisy(leaves, step):
@@ -413,8 +430,10 @@ def test_each_device_draws_its_own_shard(axes, kind, impl):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS[:3])  # philox fails in JAX itself
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("impl", "check_vma"),  # philox4x32 fails in JAX itself
+    [("threefry2x32", False), *((impl, True) for impl in IMPLEMENTATIONS[:3])],
+)
 def test_shards_of_a_shard_map_differ_by_their_salt(impl, check_vma):
     words, impl = split_key(jax.random.key(0, impl=impl))
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))

@@ -115,7 +115,8 @@ def box_muller(words: Words) -> jax.Array:
 def truncated_quantile(words: Words) -> jax.Array:
     """Return a float32 normal within the cut for each pair of ``words``."""
     x = _signed(words[0]) * 2.0**-31
-    s = 1 - x * x
+    # For a single element XLA writes 1 - x * x in another way, which rounds otherwise.
+    s = (1 - x) * (1 + x)
     return x * (_polynomial(NUMERATOR, s) / _polynomial(DENOMINATOR, s))
 
 

@@ -12,7 +12,6 @@ from distributed.meshes import (
     EXPLICIT,
     MIXED,
     REPLICATED,
-    SHARDED,
     distance,
     line,
     loss,
@@ -184,8 +183,8 @@ def run_alone(noise):
 
 @pytest.mark.parametrize(
     ("specs", "noise"),
-    [(REPLICATED, 0.05), (SHARDED, None), (MIXED, None)],
-    ids=["replicated", "sharded", "mixed"],
+    [(REPLICATED, 0.05), (MIXED, None)],
+    ids=["replicated", "mixed"],
 )
 def test_twenty_steps_equal_those_of_one_device(specs, noise):
     op = optloss.optimize_loss(
@@ -294,29 +293,29 @@ def test_the_loss_of_one_device_makes_all_skip(check_vma):
 def test_devices_may_train_apart():
     """Eight runs, one a device, that share nothing: no axis is named."""
     op = optloss.optimize_loss(
-        loss,
+        lambda w, x: jnp.mean((x @ w) ** 2),
         0,
         0.01,
-        "adam",
+        "SGD",
         clip_gradients=1.0,
         skip_nonfinite=True,
         summaries=optloss.OPTIMIZER_SUMMARIES,
         histogram_every=2,
     )
-    ((x, y),) = make_batches(1, rows=64)
+    w, x = np.ones(16, np.float32), make_batches(1, rows=64)[0][0]
     x[17, 3] = np.nan
-    states = jax.tree.map(lambda leaf: np.stack([leaf] * 8), op.init(make_params()))
+    states = jax.tree.map(lambda leaf: np.stack([leaf] * 8), op.init(w))
 
-    def step(state, x, y):
-        state, output = op.update(jax.tree.map(lambda leaf: leaf[0], state), x, y)
+    def step(state, x):
+        state, output = op.update(jax.tree.map(lambda leaf: leaf[0], state), x)
         return jax.tree.map(lambda leaf: leaf[None], (state, output))
 
     apart = jax.shard_map(
         step, mesh=line(AUTO), in_specs=P("data"), out_specs=P("data")
     )
-    states, output = jax.jit(apart)(states, x, y)
+    states, output = jax.jit(apart)(states, x)
     assert list(states.opt_state.total) == [0, 0, 1, 0, 0, 0, 0, 0]
-    state, alone = op(op.init(make_params()), x[:8], y[:8])
+    state, alone = op(op.init(w), x[:8])
     first = jax.tree.map(lambda leaf: leaf[0], (states.params, output.summaries))
     assert distance(first, (state.params, alone.summaries)) < 1e-5
 

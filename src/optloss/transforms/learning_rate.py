@@ -76,7 +76,9 @@ def scale_by_learning_rate(
     Note:
         It belongs behind the transforms that make the direction, as
         ``optax.scale_by_learning_rate`` does. For a whole optimizer that takes the rate
-        itself there is :func:`inject_learning_rate`.
+        itself there is :func:`inject_learning_rate`. Through
+        ``optax.inject_hyperparams`` the rate in this state still rules: a change of the
+        hyperparameter, or a schedule there, is not seen.
 
     Example:
         >>> import jax.numpy as jnp, optax

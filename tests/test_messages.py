@@ -1,0 +1,95 @@
+"""How values read in an error, and what counts as a number."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optloss.messages import check_int, check_number, listing, nearest, show
+
+
+class Point(NamedTuple):
+    x: object
+    y: object
+
+
+class Named:
+    """It can be called, and has no name."""
+
+    def __call__(self):
+        return None
+
+    def __repr__(self):
+        return "Named()"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.5, "1.5"),
+        ("a", "'a'"),
+        (None, "None"),
+        (jnp.zeros((2, 3)), "float32[2,3]"),
+        (np.zeros((), np.int8), "int8[]"),
+        (jax.ShapeDtypeStruct((4,), jnp.bfloat16), "bfloat16[4]"),
+        (jax.random.key(0), "key<fry>[]"),
+        (show, "show"),
+        (int, "int"),
+        (Named(), "Named()"),
+        (functools.partial(show, 3, value=jnp.zeros(2)), "show(3, value=float32[2])"),
+        ({"w": jnp.zeros(2), "f": [show, 1]}, "{'w': float32[2], 'f': [show, 1]}"),
+        (Point(jnp.zeros(1), {"y": (np.ones(2),)}), "Point(x=float32[1], y={'y': (flo"),
+        ([Named(), Ellipsis], "[Named(), Ellipsis]"),
+        ("x" * 100, "'" + "x" * 56 + "..."),
+        ({"a\nb": "c   d"}, "{'a\\nb': 'c d'}"),
+    ],
+    ids=repr,
+)
+def test_a_value_is_shown_in_few_words(value, text):
+    assert show(value).startswith(text)
+    assert len(show(value)) <= 60
+
+
+def test_no_number_of_an_array_is_looked_at():
+    @jax.jit
+    def traced(leaf):
+        assert show({"w": [leaf]}) == "{'w': [float32[3]]}"
+        return leaf
+
+    traced(jnp.zeros(3))
+    gone = jnp.zeros(3)
+    gone.delete()
+    assert show((gone,)) == "(float32[3],)"
+
+
+@pytest.mark.parametrize(
+    "good", [0, 1, 0.5, np.float16(0.5), np.int64(3), np.array(-7.0), jnp.array(-7)]
+)
+def test_numbers_are_judged_and_arrays_by_their_kind(good):
+    check_number("call", "argument", good, lambda number: number >= 0, "positive.")
+
+
+@pytest.mark.parametrize(
+    "bad", [-1, True, np.True_, "1", None, 1j, np.zeros(1), np.array(1j), np.array(True)]
+)
+def test_what_is_no_such_number_is_refused(bad):
+    with pytest.raises(ValueError, match=r"^call\(argument=.*\): must be positive\.$"):
+        check_number("call", "argument", bad, lambda number: number >= 0, "positive.")
+
+
+def test_whole_numbers():
+    assert check_int("call", "argument", 3, 3, "an int >= 3.") == 3
+    for bad in (2, 3.0, True, "3", None, np.array(3)):
+        with pytest.raises(ValueError, match=r"must be an int >= 3\.$"):
+            check_int("call", "argument", bad, 3, "an int >= 3.")
+
+
+def test_lists_of_names_are_sorted_and_short():
+    assert listing("cab") == "'a', 'b', 'c'"
+    assert listing(map(str, range(12)), 2) == "'0', '1' and 10 more"
+    assert listing([]) == ""
+    assert nearest("kernal", ["bias", "kernel", "kernels"]) == ["kernel", "kernels"]
+    assert nearest("???", ["bias"]) == []
