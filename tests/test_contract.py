@@ -53,15 +53,8 @@ TRANSFORMS = {
     "everything": everything,
     "everything packed": part(everything, pack_small_leaves=4),
 }
-OPTIMIZERS = {
-    "rate",
-    "schedule",
-    "injected adam",
-    "injected ftrl",
-    "guard",
-    "everything",
-    "everything packed",
-}
+# Their updates may be float32 until they are applied.
+OPTIMIZERS = {"injected adam", "injected ftrl", "everything", "everything packed"}
 NEED_A_PARAMETER = {"multipliers", "everything", "everything packed"}
 # Functions, which optax.inject_hyperparams would take for schedules, and sizes.
 STATIC = {

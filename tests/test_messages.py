@@ -73,7 +73,8 @@ def test_numbers_are_judged_and_arrays_by_their_kind(good):
 
 
 @pytest.mark.parametrize(
-    "bad", [-1, True, np.True_, "1", None, 1j, np.zeros(1), np.array(1j), np.array(True)]
+    "bad",
+    [-1, True, np.True_, "1", None, 1j, np.zeros(1), np.array(1j), np.array(True)],
 )
 def test_what_is_no_such_number_is_refused(bad):
     with pytest.raises(ValueError, match=r"^call\(argument=.*\): must be positive\.$"):

@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,15 @@ def test_the_package_offers_what_its_init_exports_and_its_modules():
     assert offered == set(exported())
     assert len(exported()) == len(set(exported()))
     assert {"optimize_loss", "make_optimizer", "get_summaries"} <= offered
+
+
+def test_the_plain_library_imports_none_of_its_extras():
+    code = "import optloss, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    called = [sys.executable, "-c", code]
+    done = subprocess.run(called, capture_output=True, text=True, check=True)
+    extras = {"equinox", "flax", "matplotlib", "orbax", "sklearn", "tensorboardX"}
+    assert "optax" in done.stdout.split()
+    assert not extras & set(done.stdout.split())
 
 
 def test_every_public_name_is_on_one_api_page_and_nothing_else_is():

@@ -116,7 +116,8 @@ class Chain:
         """
         like = gradients
         if self.pack_size and self.noise.packs and self.clip.packs:
-            gradients = pack(gradients, layout_of(gradients, self.pack_size))
+            layout = layout_of(gradients if params is None else params, self.pack_size)
+            gradients = pack(gradients, layout)
         with jax.named_scope("noise"):
             noisy, noise = self.noise.transform.update(
                 gradients, state.noise, params, **extra

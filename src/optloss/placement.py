@@ -115,7 +115,8 @@ def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:
 
     ``None`` where nothing has to be said: on one device, or with Explicit axes alone.
     """
-    home = next((x.sharding for x in jax.tree.leaves(params) if _is_committed(x)), None)
+    # The first tells for all, which are on its mesh: this runs at each step.
+    home = next((getattr(x, "sharding", None) for x in jax.tree.leaves(params)), None)
     if not isinstance(home, NamedSharding) or home.mesh.size == 1:
         return None
     if AxisType.Auto not in home.mesh.axis_types:

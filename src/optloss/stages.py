@@ -88,7 +88,7 @@ def noise_stage(call: str, scale: Any, seed: Any, axis_name: AxisName) -> Stage:
 
 
 def _given_stage(transform: Any) -> Stage:
-    ours = getattr(transform.update, "__module__", "").startswith("optloss.")
+    ours = (getattr(transform.update, "__module__", None) or "").startswith("optloss.")
     packs = ours and name_of(transform) in PACKING
     return Stage(name_of(transform), optax.with_extra_args_support(transform), packs)
 

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 
 from optloss.chain import Chain, ChainState, as_arrays
 from optloss.describe import describe, one_line
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.messages import show
-from optloss.placement import place_beside
+from optloss.placement import kept_shardings, place_beside, shard_like
 from optloss.reporting import Asked, Seen, summarise, wants_norms
 from optloss.summaries import Histogram
 from optloss.transforms.nonfinite import is_finite, skip_unless
@@ -91,9 +90,13 @@ class TrainOp:
         """The chain alone, as :func:`make_optimizer` makes it."""
         return self.chain.transform()
 
+    @property
+    def _counts(self) -> bool:
+        return self.global_step is not None and self.increment_global_step
+
     def __repr__(self) -> str:
         """Return the pipeline in order, on one line."""
-        return one_line(self.chain, self.name)
+        return one_line(self.chain, self.name, self._counts)
 
     def describe(self, params: Any) -> str:
         """Return the pipeline, and a table of what applies to which parameter.
@@ -103,8 +106,9 @@ class TrainOp:
                 allocated.
 
         Returns:
-            Lines of at most 100 columns: a row a parameter with its name, shape, dtype,
-            whether it is trained, and its multipliers; rows of like layers are folded.
+            Lines of at most 100 columns, with a row a parameter that gives its name,
+            shape, dtype, whether it is trained and its multipliers. Rows of like
+            layers are folded.
 
         Raises:
             ValueError: As :meth:`init`, for names and patterns that match nothing.
@@ -119,7 +123,7 @@ class TrainOp:
             OptimizeLoss: gradient -> clip_by_global_norm(1.0) -> optax.adam at 0.1 ->
                 step + 1
         """
-        return describe(self.chain, self.name, params)
+        return describe(self.chain, self.name, params, self._counts)
 
     def init(self, params: Any, model_state: Any = None) -> TrainOpState:
         """Return the state of a run that starts from ``params``.
@@ -156,14 +160,15 @@ class TrainOp:
         step = None
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
-        rest = place_beside((step, model_state, opt_state), params)
-        return TrainOpState(rest[0], params, *rest[1:])
+        state = TrainOpState(step, params, model_state, opt_state)
+        placed: TrainOpState = place_beside(state, params)
+        return placed
 
     def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, compiled; the buffers of ``state`` are donated."""
         _check_state(state)
         try:
-            made: Step = self._compiled(state, *args, **kwargs)
+            made: Step = self._compiled_for(state)(state, *args, **kwargs)
             return made
         except (RuntimeError, ValueError) as error:
             if "deleted" in str(error) and _is_deleted(state):
@@ -173,6 +178,23 @@ class TrainOp:
                     "build the op with donate=False."
                 ) from error
             raise
+
+    def _compiled_for(self, state: TrainOpState) -> Callable[..., Any]:
+        shardings = kept_shardings(state, state.params)
+        if shardings is None:
+            return self._compiled
+        structure = jax.tree.structure(state)
+        if (structure, shardings) not in self._compiled_on_a_mesh:
+            self._compiled_on_a_mesh[structure, shardings] = jax.jit(
+                self.update,
+                donate_argnums=(0,) if self.donate else (),
+                out_shardings=(jax.tree.unflatten(structure, shardings), None),
+            )
+        return self._compiled_on_a_mesh[structure, shardings]
+
+    @functools.cached_property
+    def _compiled_on_a_mesh(self) -> dict[Any, Callable[..., Any]]:
+        return {}
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
@@ -266,17 +288,21 @@ class TrainOp:
             lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradients
         )
         if self.colocate_gradients_with_ops:
-            gradients = jax.tree.map(
-                lambda g, p: shard_alike(g, p)[0], gradients, trained
-            )
+            gradients = shard_like(gradients, trained)
         return outcome, gradients
 
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, TrainOpState):
+        pair = isinstance(state, tuple) and isinstance((*state, None)[0], TrainOpState)
+        advice = (
+            "Take the pair apart: state, output = train_op(state, ...)."
+            if pair
+            else "Make one with state = train_op.init(params)."
+        )
         raise ValueError(
             f"train_op(state={show(state)}): the first argument must be a "
-            "TrainOpState. Make one with state = train_op.init(params)."
+            f"TrainOpState. {advice}"
         )
 
 

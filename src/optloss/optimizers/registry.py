@@ -86,7 +86,7 @@ def list_optimizers(pattern: str = "*") -> list[str]:
         pattern: ``*`` and ``?`` stand for any characters and any one, case counts.
 
     Returns:
-        The names: TensorFlow's six, optax's, and those registered.
+        The names of TensorFlow's six, optax's, and those registered.
 
     Raises:
         ValueError: If ``pattern`` is not a str.
