@@ -18,6 +18,7 @@ from optloss.summaries import (
     LOSS,
     PARAMETER_GRADIENT_NORM,
     PARAMETER_GRADIENTS,
+    Histogram,
     empty_histogram,
     histogram,
 )
@@ -84,11 +85,22 @@ def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
             found[tag] = global_norm(leaf, axis_name=axes)
     if "gradients" in asked.summaries:
         due = True if seen.step is None else seen.step % asked.histogram_every == 0
-        made = jax.lax.cond(
-            due,
-            lambda: [histogram(leaf, axis_name=axes) for leaf in leaves],
-            lambda: [empty_histogram(leaf) for leaf in leaves],
-        )
+
+        def measured() -> list[Histogram]:
+            return [histogram(leaf, axis_name=axes) for leaf in leaves]
+
+        def nothing() -> list[Histogram]:
+            empty = [empty_histogram(leaf) for leaf in leaves]
+            return jax.tree.map(_vary_like, empty, jax.eval_shape(measured))
+
+        made = jax.lax.cond(due, measured, nothing)
         for name, one in zip(names, made, strict=True):
             found[f"{PARAMETER_GRADIENTS}/{name}"] = one
     return found
+
+
+def _vary_like(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return ``leaf`` as varying over the manual axes that ``like`` varies over."""
+    over = tuple(sorted(jax.typeof(like).manual_axis_type.varying))
+    cast: jax.Array = jax.lax.pcast(leaf, over, to="varying") if over else leaf
+    return cast
