@@ -91,7 +91,10 @@ def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
 
         def nothing() -> list[Histogram]:
             empty = [empty_histogram(leaf) for leaf in leaves]
-            return jax.tree.map(_vary_like, empty, jax.eval_shape(measured))
+            varying: list[Histogram] = jax.tree.map(
+                _vary_like, empty, jax.eval_shape(measured)
+            )
+            return varying
 
         made = jax.lax.cond(due, measured, nothing)
         for name, one in zip(names, made, strict=True):

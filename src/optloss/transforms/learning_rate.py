@@ -215,7 +215,9 @@ def _with_rate(
 def start_rate(learning_rate: float | jax.Array) -> jax.Array:
     """Return the base rate as a scalar of its own: float64 only if given as such."""
     wide = is_array(learning_rate) and learning_rate.dtype == jnp.float64
-    return jnp.array(learning_rate, jnp.float64 if wide else jnp.float32, copy=True)
+    # A float64 array of NumPy's is float32 to a JAX that has no 64 bits.
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64 if wide else jnp.float32)
+    return jnp.array(learning_rate, dtype, copy=True)
 
 
 def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
