@@ -85,7 +85,7 @@ def scale_by_learning_rate(
         >>> tx = optax.chain(optax.scale_by_adam(), scale_by_learning_rate(0.1))
         >>> params = jnp.array([1.0])
         >>> updates, state = tx.update(jnp.array([5.0]), tx.init(params))
-        >>> print(optax.apply_updates(params, updates))
+        >>> print(optax.apply_updates(params, updates).round(3))
         [0.9]
 
     See also:
