@@ -85,8 +85,8 @@ def scale_by_learning_rate(
         >>> tx = optax.chain(optax.scale_by_adam(), scale_by_learning_rate(0.1))
         >>> params = jnp.array([1.0])
         >>> updates, state = tx.update(jnp.array([5.0]), tx.init(params))
-        >>> print(optax.apply_updates(params, updates).round(3))
-        [0.9]
+        >>> print(f"{optax.apply_updates(params, updates)[0]:.3f}")
+        0.900
 
     See also:
         :func:`inject_learning_rate`, :func:`set_learning_rate`, ``optloss.decays``.
