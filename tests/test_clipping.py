@@ -202,9 +202,20 @@ def test_a_function_is_given_the_pairs_and_its_gradients_are_taken():
     assert state == optax.EmptyState()
 
 
-def test_pairs_may_come_back_as_a_tuple_of_lists():
-    clipped, _ = by_function(lambda pairs: tuple([g, v] for g, v in pairs))
-    assert clipped["a"].tolist() == [1, 2]
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda pairs: tuple([g * 3, v] for g, v in pairs),
+        lambda pairs: zip(
+            [g * 3 for g, _ in pairs], [v for _, v in pairs], strict=True
+        ),
+        lambda pairs: ((g * 3, v) for g, v in pairs),
+    ],
+    ids=["tuple", "zip", "generator"],
+)
+def test_pairs_may_come_back_in_any_iterable(fn):
+    clipped, _ = by_function(fn)
+    assert clipped["a"].tolist() == [3, 6]
 
 
 def shorter(pairs):

@@ -196,6 +196,7 @@ def explode(*_):
         "adamw(b1=0.1",
         "adamw(b1=b1)",
         "adamw(b1=0.1 + 0.2)",
+        "adamw(b1=0.1, b1=0.2)",
         "adamw[b1]",
         "adamw(b1=0.1)\0",
         "adamw(b1=" + "(" * 500 + ")" * 500 + ")",
@@ -239,6 +240,12 @@ def test_a_text_is_parsed_and_never_run(text, monkeypatch):
             "adamw(learning_rate=0.1)",
             "it has no keyword 'learning_rate'. It takes 'b1', 'b2', 'eps', "
             "'eps_root', 'mask', 'mu_dtype', 'nesterov', 'weight_decay'.",
+        ),
+        ("SGD(momentum=1)", "it has no keyword 'momentum'. It takes none."),
+        (
+            "adam(mu_dtype='x')",
+            "its keywords were not taken: data type 'x' not understood. Give them "
+            "other values.",
         ),
     ],
 )

@@ -156,6 +156,11 @@ def get_factory(call: str, text: str) -> Factory:
         return factory
     _check_keywords(call, text, factory, keywords)
     bound = functools.partial(factory, **keywords)
+    try:
+        bound(0.1)
+    except TypeError as error:
+        problem = f"its keywords were not taken: {error}. Give them other values."
+        raise refusal(call, "optimizer", text, problem) from error
     return functools.update_wrapper(bound, factory, assigned=("__module__", "__name__"))
 
 
@@ -183,12 +188,12 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
         node = ast.parse(text.strip(), mode="eval").body
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
-        if node.args or any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError
-        return node.func.id, {
-            str(keyword.arg): ast.literal_eval(keyword.value)
-            for keyword in node.keywords
+        keywords: dict[Any, Any] = {
+            keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords
         }
+        if node.args or None in keywords or len(keywords) < len(node.keywords):
+            raise ValueError
+        return node.func.id, keywords
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise refusal(
             call,
@@ -215,5 +220,5 @@ def _check_keywords(
                 call,
                 "optimizer",
                 text,
-                f"it has no keyword {keyword!r}. It takes {listing(known, 20)}.",
+                f"it has no keyword {keyword!r}. It takes {listing(known, 20) or 'none'}.",
             )

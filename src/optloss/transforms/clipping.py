@@ -1,6 +1,6 @@
 """Clipping by the global norm, and by a function of the caller's own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +122,7 @@ def clip_by_global_norm(
 
 
 def clip_by_function(
-    fn: Callable[[Pairs], Sequence[tuple[jax.Array, jax.Array]]],
+    fn: Callable[[Pairs], Iterable[tuple[jax.Array, jax.Array]]],
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by a function of the list of all ``(gradient, variable)`` pairs.
 
@@ -131,8 +131,8 @@ def clip_by_function(
     that are not floating or complex, and frozen ones, are not among them.
 
     Args:
-        fn: Takes a list of ``(gradient [*shape], variable [*shape])`` and returns the
-            same list with the gradients changed. A plain optax function such as
+        fn: Takes a list of ``(gradient [*shape], variable [*shape])`` and returns
+            these pairs, in any iterable, with the gradients changed. A plain optax function such as
             ``optax.clip(1.0)`` is no such function: it is a transform already.
 
     Returns:
@@ -189,10 +189,8 @@ def clip_by_function(
 
 
 def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
-    pairs = list(result) if isinstance(result, (list, tuple)) else None
-    if pairs is None or any(
-        not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs
-    ):
+    pairs = list(result) if isinstance(result, Iterable) else [None]
+    if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
         raise refusal(
             "clip_by_function", "fn", fn, "must return a list of (gradient, variable)."
         )
