@@ -14,7 +14,7 @@ HOUSE = (
     ("normals",),
     ("messages", "placement", "sampling", "trees"),
     ("decays", "loss", "names", "norms", "optimizers", "rates"),
-    ("packed", "summaries"),
+    ("histograms", "packed", "summaries"),
     ("transforms",),
     ("stages",),
     ("chain",),

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optloss
-from optloss.summaries import Histogram
+from optloss.histograms import Histogram
 
 STEPS = 3
 TARGET = np.float32([[1.0, -2.0], [0.5, 4.0]])

@@ -10,15 +10,15 @@ from optloss.decays import natural_exp_decay as natural_exp_decay
 from optloss.decays import noisy_linear_cosine_decay as noisy_linear_cosine_decay
 from optloss.decays import piecewise_constant as piecewise_constant
 from optloss.decays import polynomial_decay as polynomial_decay
+from optloss.histograms import Histogram as Histogram
+from optloss.histograms import histogram as histogram
 from optloss.norms import global_norm as global_norm
 from optloss.optimize import optimize_loss as optimize_loss
 from optloss.optimizers.registry import list_optimizers as list_optimizers
 from optloss.optimizers.registry import register_optimizer as register_optimizer
 from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
 from optloss.summaries import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
-from optloss.summaries import Histogram as Histogram
 from optloss.summaries import get_summaries as get_summaries
-from optloss.summaries import histogram as histogram
 from optloss.train_op import StepOutput as StepOutput
 from optloss.train_op import TrainOp as TrainOp
 from optloss.train_op import TrainOpState as TrainOpState

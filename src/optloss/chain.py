@@ -37,7 +37,7 @@ from optloss.transforms.adaptive_clipping import AdaptiveClippingState
 from optloss.transforms.clipping import ClipState
 from optloss.transforms.nonfinite import is_finite, skip_unless, start_skipping
 from optloss.transforms.packing import pack_small_leaves
-from optloss.trees import freeze, keep_dtypes, negative_zeros, thaw
+from optloss.trees import freeze, keep_dtypes, negative_zeros, scale_leaves, thaw
 
 
 class ChainState(NamedTuple):
@@ -51,11 +51,22 @@ class ChainState(NamedTuple):
 class Shaped(NamedTuple):
     """A gradient on its way, half through the chain."""
 
-    gradients: Any  # a tree, or Packed
-    like: Any  # the tree they came as
+    measured: Any  # a tree, or Packed
+    factor: Any  # float [], of a clip of ours that is still to be multiplied by
+    like: Any  # the tree the gradients came as
     state: ChainState
     norm: Any  # float [], before the clip; None where it was not measured
     clipped_norm: Any  # float [], behind it; None without a clip
+
+    def gradients(self) -> Any:
+        """Return the clipped gradients.
+
+        They are multiplied where they are used: made before a branch that takes them,
+        they would be written to memory once more.
+        """
+        if self.factor is None:
+            return self.measured
+        return scale_leaves(self.measured, self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +139,16 @@ class Chain:
             clipped, clip = self.clip.transform.update(
                 measured, state.clip, params, **extra
             )
+        states = ChainState(noise, clip, state.optimizer)
         if isinstance(clip, (ClipState, AdaptiveClippingState)):
             norms: tuple[Any, Any] = clip.norm, clip.norm * clip.factor
-        else:
-            clips = measure and self.clip is not NOTHING
-            norms = (
-                self._norm(measured) if measure else None,
-                self._norm(clipped) if clips else None,
-            )
-        return Shaped(clipped, like, ChainState(noise, clip, state.optimizer), *norms)
+            return Shaped(measured, clip.factor, like, states, *norms)
+        clips = measure and self.clip is not NOTHING
+        norms = (
+            self._norm(measured) if measure else None,
+            self._norm(clipped) if clips else None,
+        )
+        return Shaped(clipped, None, like, states, *norms)
 
     def _norm(self, tree: Any) -> jax.Array:
         return global_norm(tree, axis_name=self.axis_name)
@@ -152,9 +164,11 @@ class Chain:
     def optimize(self, shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
         """Turn the shaped gradient into an update: the second half."""
         before = shaped.state.optimizer
+        with jax.named_scope("clip"):
+            gradients = shaped.gradients()
         with jax.named_scope("optimizer"):
             updates, after = self._optimizer().update(
-                shaped.gradients, before, params, **extra
+                gradients, before, params, **extra
             )
             if isinstance(updates, Packed):
                 updates = unpack(updates.tree, shaped.like, updates.layout)

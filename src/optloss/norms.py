@@ -189,17 +189,18 @@ def varying_axes(tree: Any, axes: Axes) -> Axes:
     """
     if not axes:
         return ()
-    if not all(axis in _varying(jax.lax.axis_index(axis)) for axis in axes):
+    if not all(axis in varying(jax.lax.axis_index(axis)) for axis in axes):
         return axes
     own = _varying_axes_of(tree)
     return tuple(axis for axis in axes if axis in own)
 
 
 def _varying_axes_of(tree: Any) -> set[str]:
-    return set().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+    return set().union(*(varying(leaf) for leaf in jax.tree.leaves(tree)))
 
 
-def _varying(leaf: Any) -> frozenset[str]:
+def varying(leaf: Any) -> frozenset[str]:
+    """Return the manual axes that ``leaf`` may differ over."""
     return frozenset(jax.typeof(leaf).manual_axis_type.varying)
 
 
@@ -230,7 +231,7 @@ def branch(
     )
 
     def spread(leaf: jax.Array, axes: set[str]) -> jax.Array:
-        missing = tuple(sorted(axes - _varying(leaf)))
+        missing = tuple(sorted(axes - varying(leaf)))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.lax.cond(

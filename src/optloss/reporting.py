@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optloss.chain import Shaped
+from optloss.histograms import Histogram, Stacked, empty_like, histogram
 from optloss.names import leaf_names
 from optloss.norms import global_norm
 from optloss.packed import Packed, unpack
@@ -18,9 +19,6 @@ from optloss.summaries import (
     LOSS,
     PARAMETER_GRADIENT_NORM,
     PARAMETER_GRADIENTS,
-    Histogram,
-    empty_histogram,
-    histogram,
 )
 from optloss.transforms.learning_rate import LearningRateState
 from optloss.trees import inexact_leaves
@@ -64,7 +62,7 @@ def summarise(asked: Asked, seen: Seen) -> dict[str, Any]:
     found |= _of_parameters(asked, seen)
     prefix = f"{asked.name}/" if asked.name else ""
     return {
-        prefix + tag: value if isinstance(value, tuple) else _float32(value)
+        prefix + tag: value if isinstance(value, Histogram) else _float32(value)
         for tag, value in found.items()
     }
 
@@ -73,37 +71,33 @@ def _float32(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
-def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
-    gradients, axes = seen.shaped.gradients, asked.axis_name
+def _gradients(shaped: Shaped) -> list[jax.Array]:
+    gradients = shaped.gradients()
     if isinstance(gradients, Packed):
-        gradients = unpack(gradients.tree, seen.shaped.like, gradients.layout)
-    names, leaves = leaf_names(gradients), inexact_leaves(gradients)
+        gradients = unpack(gradients.tree, shaped.like, gradients.layout)
+    return inexact_leaves(gradients)
+
+
+def _of_parameters(asked: Asked, seen: Seen) -> dict[str, Any]:
+    names, axes = leaf_names(seen.shaped.like), asked.axis_name
     found: dict[str, Any] = {}
     if "gradient_norm" in asked.summaries:
-        for name, leaf in zip(names, leaves, strict=True):
+        for name, leaf in zip(names, _gradients(seen.shaped), strict=True):
             tag = f"{PARAMETER_GRADIENT_NORM}/{name}"
             found[tag] = global_norm(leaf, axis_name=axes)
     if "gradients" in asked.summaries:
         due = True if seen.step is None else seen.step % asked.histogram_every == 0
 
-        def measured() -> list[Histogram]:
-            return [histogram(leaf, axis_name=axes) for leaf in leaves]
-
-        def nothing() -> list[Histogram]:
-            empty = [empty_histogram(leaf) for leaf in leaves]
-            varying: list[Histogram] = jax.tree.map(
-                _vary_like, empty, jax.eval_shape(measured)
+        def measured() -> Stacked:
+            return Stacked(
+                {
+                    f"{PARAMETER_GRADIENTS}/{name}": histogram(leaf, axis_name=axes)
+                    for name, leaf in zip(names, _gradients(seen.shaped), strict=True)
+                }
             )
-            return varying
 
-        made = jax.lax.cond(due, measured, nothing)
-        for name, one in zip(names, made, strict=True):
-            found[f"{PARAMETER_GRADIENTS}/{name}"] = one
+        def nothing() -> Stacked:
+            return empty_like(jax.eval_shape(measured))
+
+        found |= jax.lax.cond(due, measured, nothing).summaries()
     return found
-
-
-def _vary_like(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return ``leaf`` as varying over the manual axes that ``like`` varies over."""
-    over = tuple(sorted(jax.typeof(like).manual_axis_type.varying))
-    cast: jax.Array = jax.lax.pcast(leaf, over, to="varying") if over else leaf
-    return cast

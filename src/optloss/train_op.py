@@ -17,11 +17,11 @@ import optax
 
 from optloss.chain import Chain, ChainState, as_arrays
 from optloss.describe import describe, one_line
+from optloss.histograms import Histogram, Stacked
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.messages import show
 from optloss.placement import kept_shardings, place_beside, shard_like
 from optloss.reporting import Asked, Seen, summarise, wants_norms
-from optloss.summaries import Histogram
 from optloss.transforms.nonfinite import is_finite, skip_unless
 from optloss.trees import freeze, map_inexact, strong, thaw
 
@@ -168,8 +168,10 @@ class TrainOp:
         """Make one step, compiled; the buffers of ``state`` are donated."""
         _check_state(state)
         try:
-            made: Step = self._compiled_for(state)(state, *args, **kwargs)
-            return made
+            new_state, loss, aux, seen = self._compiled_for(state)(
+                state, *args, **kwargs
+            )
+            return new_state, StepOutput(loss, aux, seen.summaries())
         except (RuntimeError, ValueError) as error:
             if "deleted" in str(error) and _is_deleted(state):
                 raise ValueError(
@@ -186,9 +188,14 @@ class TrainOp:
         structure = jax.tree.structure(state)
         if (structure, shardings) not in self._compiled_on_a_mesh:
             self._compiled_on_a_mesh[structure, shardings] = jax.jit(
-                self.update,
+                self._handed_over,
                 donate_argnums=(0,) if self.donate else (),
-                out_shardings=(jax.tree.unflatten(structure, shardings), None),
+                out_shardings=(
+                    jax.tree.unflatten(structure, shardings),
+                    None,
+                    None,
+                    None,
+                ),
             )
         return self._compiled_on_a_mesh[structure, shardings]
 
@@ -198,7 +205,11 @@ class TrainOp:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
-        return jax.jit(self.update, donate_argnums=(0,) if self.donate else ())
+        return jax.jit(self._handed_over, donate_argnums=(0,) if self.donate else ())
+
+    def _handed_over(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Any:
+        new_state, output = self.update(state, *args, **kwargs)
+        return new_state, output.loss, output.aux, Stacked(output.summaries)
 
     def update(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, pure and not compiled: for ``lax.scan`` or a ``jit`` of yours.

@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from optloss.histograms import histogram
 from optloss.integrations import tensorboard
 from optloss.integrations.tensorboard import SummaryWriter
-from optloss.summaries import empty_histogram, histogram
 
 NOT_A_STEP = (
     "must be a Python int. Count the steps in Python: reading one from the device "
@@ -122,7 +122,7 @@ def test_each_bucket_begins_where_it_should(tmp_path):
 
 def test_a_histogram_of_nothing_is_left_out(tmp_path):
     with SummaryWriter(tmp_path) as writer:
-        writer.write(0, {"h": empty_histogram(), "n": histogram(jnp.full(2, jnp.nan))})
+        writer.write(0, {"h": histogram(None), "n": histogram(jnp.full(2, jnp.nan))})
         writer.write(1, {"h": histogram(jnp.ones(2)), "loss": 1.0})
     events = read(tmp_path)
     assert [event.step for event in events.Histograms("h")] == [1]
@@ -134,7 +134,7 @@ def stacked():
 
     def step(count, values):
         looked_at = jax.lax.cond(
-            count % 2 == 0, lambda: histogram(values), lambda: empty_histogram()
+            count % 2 == 0, lambda: histogram(values), lambda: histogram(None)
         )
         return count + 1, {"sum": values.sum(), "h": looked_at}
 
@@ -477,7 +477,7 @@ def test_what_cannot_be_written_is_refused(case, tmp_path):
 
 @pytest.mark.parametrize("make", [jnp.sum, histogram])
 def test_a_traced_value_is_refused(make, tmp_path):
-    shown = "float32[]" if make is jnp.sum else "int32[]"
+    shown = "float32[]" if make is jnp.sum else "Histogram(float32[])"
     message = (
         f"SummaryWriter.write(summaries['a']={shown}): is traced. Return it from the "
         "jitted function, then write it."

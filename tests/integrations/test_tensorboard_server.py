@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import optloss
+from optloss.histograms import Histogram
 from optloss.integrations.tensorboard import SummaryWriter
-from optloss.summaries import OPTIMIZER_SUMMARIES, Histogram
+from optloss.summaries import OPTIMIZER_SUMMARIES
 
 STEPS, EVERY = 6, 3
 PATIENCE = 60.0  # seconds; it is there in three

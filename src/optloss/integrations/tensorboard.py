@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optloss.histograms import Histogram
 from optloss.messages import refusal, show
-from optloss.summaries import Histogram
 
 try:
     from tensorboardX.event_file_writer import EventsWriter
@@ -234,21 +234,25 @@ def _check_summaries(summaries: Any) -> int | None:
 
 
 def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
-    counted = value.num if isinstance(value, Histogram) else value
-    call = f"SummaryWriter.write(summaries[{tag!r}]={show(counted)})"
-    if isinstance(counted, Tracer):
+    call = f"SummaryWriter.write(summaries[{tag!r}]={show(value)})"
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
         raise ValueError(
             f"{call}: is traced. Return it from the jitted function, then write it."
         )
-    dtype = getattr(counted, "dtype", np.dtype(type(counted)))
-    real = any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer, bool))
-    shape = np.shape(counted)
-    if not real or len(shape) > 1 or not isinstance(tag, str):
+    shape = value.shape if isinstance(value, Histogram) else np.shape(value)
+    if not _is_real(value) or len(shape) > 1 or not isinstance(tag, str):
         raise ValueError(
             f"{call}: must be a real scalar or a Histogram under a str, or those of "
             "several steps stacked by jax.lax.scan."
         )
     return shape
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, Histogram):
+        return True
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer, bool))
 
 
 def _pack(summaries: dict[str, Any]) -> _Packed:

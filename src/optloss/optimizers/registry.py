@@ -214,11 +214,8 @@ def _check_keywords(
         for i, (name, p) in enumerate(parameters.items())
         if i > 0 and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
+    taken = listing(known, 20) or "none"
     for keyword in keywords:
         if keyword not in known and not open_ended:
-            raise refusal(
-                call,
-                "optimizer",
-                text,
-                f"it has no keyword {keyword!r}. It takes {listing(known, 20) or 'none'}.",
-            )
+            problem = f"it has no keyword {keyword!r}. It takes {taken}."
+            raise refusal(call, "optimizer", text, problem)

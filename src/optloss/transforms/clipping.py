@@ -132,8 +132,9 @@ def clip_by_function(
 
     Args:
         fn: Takes a list of ``(gradient [*shape], variable [*shape])`` and returns
-            these pairs, in any iterable, with the gradients changed. A plain optax function such as
-            ``optax.clip(1.0)`` is no such function: it is a transform already.
+            these pairs, in any iterable, with the gradients changed. A plain optax
+            function such as ``optax.clip(1.0)`` is no such function: it is a transform
+            already.
 
     Returns:
         A transform without state. It needs ``params``; gradients keep their dtype.
@@ -189,7 +190,7 @@ def clip_by_function(
 
 
 def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
-    pairs = list(result) if isinstance(result, Iterable) else [None]
+    pairs: list[Any] = list(result) if isinstance(result, Iterable) else [None]
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
         raise refusal(
             "clip_by_function", "fn", fn, "must return a list of (gradient, variable)."

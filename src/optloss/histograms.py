@@ -1,0 +1,412 @@
+"""Histograms with TensorBoard's own buckets, counted on the device.
+
+The limits grow by 1.1 from 1e-12 to 1e20, the same on the negative side, with zero
+between and the largest float at both ends. The counts are exact, as a binary search
+among the limits would give them: the bucket is read from the bits of a float, not from
+its logarithm.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from optloss.norms import explicit_axes, varying, varying_axes
+from optloss.trees import inexact_leaves, norm_dtype
+
+Axes = tuple[str, ...]
+
+# A sixteenth of an octave is narrower than a bucket: it holds at most one limit.
+CELL_BITS = 4
+IN_BOUNDS = "promise_in_bounds"
+
+
+@jax.tree_util.register_pytree_node_class
+class Histogram:
+    """How many values lie in each bucket, and the sums that TensorBoard keeps.
+
+    Bucket ``i`` holds the values from ``bucket_limits[i - 1]``, included, to
+    ``bucket_limits[i]``, excluded; the last one holds its limit, too. NaN and
+    infinities are only counted, in ``nonfinite``. Without a finite value, ``num`` is 0,
+    and ``min`` and ``max`` are the largest and the smallest float.
+
+    All numbers lie in one array, whose parts the attributes are: a step that returns
+    hundreds of histograms would otherwise spend its time on handing over thousands of
+    scalars. As a tree a histogram therefore has one leaf (and its limits, where they
+    are not TensorBoard's).
+
+    Args:
+        min: float ``[]``.
+        max: float ``[]``, like the sums of the dtype of ``min``.
+        num: int32 ``[]``, finite values.
+        sum: float ``[]``.
+        sum_squares: float ``[]``.
+        nonfinite: int32 ``[]``, NaN and infinities.
+        bucket_limits: float ``[buckets]``, increasing; ``None`` for TensorBoard's.
+        bucket_counts: int32 ``[buckets]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> found = histogram(jnp.array([0.5, 2.0]))
+        >>> print(found.num, found.sum, found.bucket_counts.sum())
+        2 2.5 2
+    """
+
+    __slots__ = ("_limits", "_row", "_rows")
+
+    def __init__(
+        self,
+        min: Any,
+        max: Any,
+        num: Any,
+        sum: Any,
+        sum_squares: Any,
+        nonfinite: Any,
+        bucket_limits: Any,
+        bucket_counts: Any,
+    ) -> None:
+        """Pack the parts; each may have leading dimensions, the same for all."""
+        dtype = jnp.promote_types(jnp.asarray(min).dtype, jnp.float32)
+        word = np.dtype(f"i{dtype.itemsize}")
+        floats = [jnp.asarray(x, dtype) for x in (min, max, sum, sum_squares)]
+        bits = jax.lax.bitcast_convert_type(jnp.stack(floats, axis=-1), word)
+        integers = jnp.stack([jnp.asarray(x, word) for x in (num, nonfinite)], axis=-1)
+        counts = jnp.asarray(bucket_counts, word)
+        self._rows: Any = jnp.concatenate([bits, integers, counts], axis=-1)
+        self._row: int | None = None
+        self._limits: Any = bucket_limits
+
+    @property
+    def packed(self) -> Any:
+        """All parts, in one array of integers."""
+        if self._row is not None:
+            self._rows, self._row = self._rows[self._row], None
+        return self._rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leading dimensions: ``()``, or those of a ``scan`` or ``vmap``."""
+        shape: tuple[int, ...] = self.packed.shape[:-1]
+        return shape
+
+    @property
+    def min(self) -> Any:
+        """The smallest finite value."""
+        return self._float(0)
+
+    @property
+    def max(self) -> Any:
+        """The largest finite value."""
+        return self._float(1)
+
+    @property
+    def num(self) -> Any:
+        """How many values are finite."""
+        return self._integers(4)
+
+    @property
+    def sum(self) -> Any:
+        """Their sum."""
+        return self._float(2)
+
+    @property
+    def sum_squares(self) -> Any:
+        """The sum of their squares."""
+        return self._float(3)
+
+    @property
+    def nonfinite(self) -> Any:
+        """How many values are NaN or infinite."""
+        return self._integers(5)
+
+    @property
+    def bucket_limits(self) -> Any:
+        """Where the buckets end."""
+        if self._limits is not None:
+            return self._limits
+        limits = bucket_limits(_float_like(self.packed.dtype))
+        limits = np.broadcast_to(limits, (*self.packed.shape[:-1], len(limits)))
+        return limits if _on_the_host(self.packed) else jnp.asarray(limits)
+
+    @property
+    def bucket_counts(self) -> Any:
+        """How many values lie in each bucket."""
+        return self._integers(slice(6, None))
+
+    def _float(self, place: int) -> Any:
+        part = self.packed[..., place]
+        dtype = _float_like(part.dtype)
+        if _on_the_host(part):
+            return part.view(dtype)
+        return jax.lax.bitcast_convert_type(part, dtype)
+
+    def _integers(self, place: int | slice) -> Any:
+        return self.packed[..., place].astype(np.int32)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the eight parts, in the order of the arguments."""
+        yield from (self.min, self.max, self.num, self.sum, self.sum_squares)
+        yield from (self.nonfinite, self.bucket_limits, self.bucket_counts)
+
+    def __repr__(self) -> str:
+        """Return the dtype of the values and the leading dimensions."""
+        return f"Histogram({_float_like(self.packed.dtype)}{list(self.shape)})"
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
+        """Return what JAX handles in the histogram's place."""
+        return (self.packed, self._limits), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> "Histogram":
+        """Return the histogram that was flattened to ``children``."""
+        del aux
+        made = cls.__new__(cls)
+        made._row = None
+        made._rows, made._limits = children
+        return made
+
+
+def _float_like(word: np.dtype[Any]) -> Any:
+    return np.dtype(f"f{word.itemsize}")
+
+
+def _on_the_host(part: Any) -> bool:
+    return isinstance(part, (np.ndarray, np.generic))
+
+
+@jax.tree_util.register_pytree_node_class
+class Stacked:
+    """A dict whose histograms lie in one array, or one for each kind of them.
+
+    Every array that a compiled step returns costs the host some microseconds, and one
+    that a branch in it returns costs as much again.
+    """
+
+    def __init__(self, summaries: dict[str, Any]) -> None:
+        """Stack the histograms of ``summaries``, which have TensorBoard's limits."""
+        kinds: dict[Any, dict[str, Any]] = {}
+        self.others: dict[str, Any] = {}
+        for tag, value in summaries.items():
+            if isinstance(value, Histogram):
+                kind = value.packed.dtype, varying(value.packed)
+                kinds.setdefault(kind, {})[tag] = value.packed
+            else:
+                self.others[tag] = value
+        self.tags: tuple[str, ...] = tuple(summaries)
+        self.rows: tuple[tuple[str, ...], ...] = tuple(map(tuple, kinds.values()))
+        self.stacks: list[Any] = [
+            jnp.stack([*kind.values()]) for kind in kinds.values()
+        ]
+
+    def summaries(self) -> dict[str, Any]:
+        """Return the dict; a histogram is taken from its stack when it is looked at."""
+        found = dict(self.others)
+        for tags, stack in zip(self.rows, self.stacks, strict=True):
+            for row, tag in enumerate(tags):
+                found[tag] = Histogram.tree_unflatten(None, (stack, None))
+                found[tag]._row = row
+        return {tag: found[tag] for tag in self.tags}
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Return what JAX handles in its place."""
+        return (self.others, self.stacks), (self.tags, self.rows)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> "Stacked":
+        """Return what was flattened to ``children``."""
+        made = cls.__new__(cls)
+        made.others, made.stacks = children
+        made.tags, made.rows = aux
+        return made
+
+
+def empty_like(shapes: Stacked) -> Stacked:
+    """Return histograms of nothing, in the shapes and types of ``shapes``."""
+
+    def empty(stack: jax.ShapeDtypeStruct) -> jax.Array:
+        packed = _nothing(_float_like(stack.dtype)).histogram().packed
+        rows = jnp.broadcast_to(packed, stack.shape)
+        axes = tuple(sorted(varying(stack)))
+        cast: jax.Array = jax.lax.pcast(rows, axes, to="varying") if axes else rows
+        return cast
+
+    made: Stacked = jax.tree.map(empty, shapes)
+    return made
+
+
+class _Tally(NamedTuple):
+    """What is counted of one leaf, on one device."""
+
+    min: jax.Array
+    max: jax.Array
+    num: jax.Array
+    sum: jax.Array
+    sum_squares: jax.Array
+    nonfinite: jax.Array
+    counts: jax.Array
+
+    def histogram(self) -> Histogram:
+        return Histogram(*self[:-1], None, self.counts)
+
+
+def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
+    r"""Return the histogram of all floating and complex values of ``tree`` together.
+
+    It is computed on the device, traced or not, in time proportional to the number of
+    values. Of a complex value the modulus is taken.
+
+    Args:
+        tree: An array ``[*shape]`` or a tree of them. Integers, bools, ``None`` and
+            ``float0`` are not counted; there need be nothing to count.
+        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that the leaves may be
+            sharded over.
+
+    Returns:
+        A :class:`Histogram` of 1,551 buckets: float32, or float64 if a leaf is float64
+        or complex128. Counts are int32, so ``tree`` may hold up to 2**31 - 1 values.
+
+    Note:
+        ``sum`` and ``sum_squares`` are infinite where they exceed the largest float.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> grads = {"w": jnp.array([0.5, -2.0, jnp.nan]), "b": jnp.array(0.5)}
+        >>> found = histogram(grads)
+        >>> print(found.num, found.nonfinite, found.min, found.max, found.sum)
+        3 1 -2.0 0.5 -1.0
+        >>> print(found.bucket_counts[found.bucket_counts > 0])
+        [1 2]
+
+    See also:
+        :class:`~optloss.integrations.tensorboard.SummaryWriter`, which shows it.
+    """
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    dtype = np.dtype(norm_dtype(tree))
+    leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
+    parts = [_over_the_mesh(leaf, axes, dtype) for leaf in leaves]
+    tally = functools.reduce(_merge, parts) if parts else _nothing(dtype)
+    return tally.histogram()
+
+
+def _nothing(dtype: np.dtype[Any]) -> _Tally:
+    largest = float(jnp.finfo(dtype).max)
+    nothing, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+    return _Tally(
+        min=jnp.asarray(largest, dtype),
+        max=jnp.asarray(-largest, dtype),
+        num=none,
+        sum=nothing,
+        sum_squares=nothing,
+        nonfinite=none,
+        counts=jnp.zeros(len(bucket_limits(dtype)), jnp.int32),
+    )
+
+
+@functools.cache
+def _positive_limits() -> np.ndarray[Any, np.dtype[np.float64]]:
+    # Multiplied up, not a power of 1.1: only so the limits are TensorFlow's to the bit.
+    limits = [1e-12]
+    while limits[-1] * 1.1 < 1e20:
+        limits.append(limits[-1] * 1.1)
+    return np.array(limits)
+
+
+def bucket_limits(dtype: Any) -> np.ndarray[Any, Any]:
+    """Return TensorBoard's limits, increasing, the largest float of ``dtype`` last."""
+    positive = np.append(_positive_limits(), jnp.finfo(dtype).max)
+    return np.concatenate([-positive[::-1], [0.0], positive]).astype(dtype)
+
+
+class _Table(NamedTuple):
+    """Where a magnitude stands among the positive limits, by its bits."""
+
+    edges: np.ndarray[Any, Any]  # bits of the limits, then the largest integer
+    below: np.ndarray[Any, Any]  # how many limits lie below each cell
+    first: int  # number of the first cell
+    shift: int  # from bits to the number of the cell
+
+
+@functools.cache
+def _table(dtype: np.dtype[Any]) -> _Table:
+    integer = np.dtype(f"i{dtype.itemsize}")
+    shift = jnp.finfo(dtype).nmant - CELL_BITS
+    limits = _positive_limits().astype(dtype).view(integer)
+    cells = np.arange(limits[0] >> shift, (limits[-1] >> shift) + 1)
+    below = np.searchsorted(limits, cells << shift).astype(np.int32)
+    edges = np.append(limits, np.iinfo(integer).max)
+    return _Table(edges, below, int(cells[0]), shift)
+
+
+def _bucket(values: jax.Array) -> jax.Array:
+    """Return the bucket of each real value; that of a NaN means nothing."""
+    table = _table(values.dtype)
+    edges, below = jnp.asarray(table.edges), jnp.asarray(table.below)
+    bits = jax.lax.bitcast_convert_type(values, edges.dtype)
+    magnitude = bits & jnp.iinfo(edges.dtype).max
+    negative = (bits < 0) & (magnitude > 0)
+    # A bucket owns its lower end; mirrored, its upper one: hence one bit pattern less.
+    key = magnitude - negative.astype(edges.dtype)
+    cell = jnp.clip((key >> table.shift) - table.first, 0, len(table.below) - 1)
+    rank = _take(below, cell)
+    rank += key >= _take(edges, rank)
+    zero = len(table.edges)
+    return jnp.where(negative, zero - rank, zero + 1 + rank)
+
+
+def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+    return table.at[index].get(mode=IN_BOUNDS)
+
+
+def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> Any:
+    mesh, explicit = explicit_axes(leaf)
+    if not explicit:
+        return _of_a_leaf(leaf, axes, dtype)
+    spread: Callable[[jax.Array], Any] = jax.shard_map(
+        lambda leaf: _of_a_leaf(leaf, (*axes, *explicit), dtype),
+        mesh=mesh,
+        in_specs=jax.typeof(leaf).sharding.spec,
+        out_specs=PartitionSpec(),
+        axis_names=set(explicit),
+    )
+    return spread(leaf)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> _Tally:
+    values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
+    finite = jnp.isfinite(values)
+    kept = jnp.where(finite, values, 0)
+    start = _nothing(dtype)
+    # One bucket more, for what is not finite: the counts then tell how many are.
+    buckets = len(start.counts)
+    counts = jnp.zeros(buckets + 1, jnp.int32)
+    places = jnp.where(finite, _bucket(values), buckets)
+    counts = counts.at[places].add(1, mode=IN_BOUNDS)
+    here = start._replace(
+        min=jnp.min(jnp.where(finite, values, start.min)),
+        max=jnp.max(jnp.where(finite, values, start.max)),
+        num=jnp.sum(counts[:buckets], dtype=jnp.int32),
+        sum=jnp.sum(kept),
+        sum_squares=jnp.sum(jnp.square(kept)),
+        nonfinite=counts[buckets],
+        counts=counts[:buckets],
+    )
+    over = varying_axes(leaf, axes)
+    return _over_devices(here, over) if over else here
+
+
+def _over_devices(part: _Tally, axes: Axes) -> _Tally:
+    """Return the tally of what all devices along ``axes`` hold together."""
+    total: _Tally = jax.lax.psum(part, axes)
+    return total._replace(
+        min=jax.lax.pmin(part.min, axes), max=jax.lax.pmax(part.max, axes)
+    )
+
+
+def _merge(a: _Tally, b: _Tally) -> _Tally:
+    sums = _Tally(*(one + other for one, other in zip(a, b, strict=True)))
+    return sums._replace(min=jnp.minimum(a.min, b.min), max=jnp.maximum(a.max, b.max))
