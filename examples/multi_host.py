@@ -20,6 +20,7 @@ Under SLURM, on TPU pods and with MPI, ``--discover`` finds the other processes.
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 
 import jax
@@ -38,6 +39,8 @@ LAYOUTS = ("data-parallel", "fully-sharded")
 def connect(args):
     """Make one machine of all processes; a single one has nothing to do."""
     if args.cpu_devices:
+        # More threads than devices, or devices that wait for each other block the rest.
+        os.environ.setdefault("NPROC", str(4 * args.cpu_devices))
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.discover:

@@ -1,6 +1,7 @@
 """The simulation of a large model, in small: eight devices, one layer."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def test_the_norm_is_one_instruction_a_set_of_axes(row, large_model, small, mesh
         assert one["kind"] == "all-reduce"
         assert one["bytes"] <= 4 * leaves
     assert row["collectives_of_the_model"] > 0
+
+
+def test_the_docs_print_what_was_measured(large_model):
+    measured = json.loads((large_model.RESULTS / "large_model.json").read_text())
+    rows, moved = measured["rows"], measured["bytes_moved_per_parameter"]
+    by_step = {row["step"]: row for row in rows}
+    assert measured["leaves"] == 291
+    assert list(by_step) == list(large_model.STEPS)
+    for step in ("clip + adam", "clip + adam, skipping"):
+        assert by_step[step]["temporaries"] <= 1.1 * by_step[step]["gradients"]
+    printed = (large_model.TABLES / "large_model.md").read_text()
+    assert printed == large_model.table(rows, moved) + "\n"
