@@ -196,7 +196,7 @@ class Stacked:
                 kinds.setdefault(kind, {})[tag] = value.packed
             else:
                 self.others[tag] = value
-        self.tags: tuple[str, ...] = tuple(summaries)
+        self.tags: tuple[str, ...] = tuple(sorted(summaries))  # as JAX has dicts
         self.rows: tuple[tuple[str, ...], ...] = tuple(map(tuple, kinds.values()))
         self.stacks: list[Any] = [
             jnp.stack([*kind.values()]) for kind in kinds.values()
