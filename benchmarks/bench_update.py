@@ -329,8 +329,8 @@ COLUMNS = {
     "control": ("to itself", "{:.2f}"),
     "compile_s": ("compile s", "{:.1f}"),
     "compile_to_optax": ("to optax", "{:.2f}"),
-    "temporary_bytes": ("temporary bytes", "{:,}"),
-    "optax_temporary_bytes": ("optax's", "{:,}"),
+    "temporary_bytes": ("temporary MB", "{:.1f}"),
+    "optax_temporary_bytes": ("optax's", "{:.1f}"),
 }
 
 
@@ -341,8 +341,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * len(COLUMNS),
     ]
     for row in rows:
+        shown = {
+            key: value / 1e6 if key.endswith("_bytes") else value
+            for key, value in row.items()
+        }
         texts = [
-            form.format(row[key]) if key in row else ""
+            form.format(shown[key]) if key in shown else ""
             for key, (_, form) in COLUMNS.items()
         ]
         lines.append("| " + " | ".join(texts) + " |")

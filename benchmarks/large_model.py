@@ -256,23 +256,23 @@ def traffic(elements: int = 1_000_000) -> dict[str, float]:
 def table(rows: list[dict[str, Any]], moved: dict[str, float]) -> str:
     """Return the rows in Markdown, megabytes a device."""
     lines = [
-        "| step | parameters | state | gradients | temporaries | ÷ gradients "
-        "| collectives of the model | of the norm | memory traffic a parameter |",
+        "| MB a device | parameters | state | gradients | temporaries | ÷ gradients "
+        "| collectives of the model | of the norm | bytes moved a parameter |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         sizes = [
-            f"{row[name] / 1e6:.1f} MB"
+            f"{row[name] / 1e6:.1f}"
             for name in ("parameters", "state", "gradients", "temporaries")
         ]
-        norm = " + ".join(str(one["bytes"]) for one in row["collectives_of_the_norm"])
+        norm = [one["bytes"] for one in row["collectives_of_the_norm"]]
         cells = [
             row["step"],
             *sizes,
             f"{row['temporaries'] / row['gradients']:.3f}",
             str(row["collectives_of_the_model"]),
-            f"{norm} B" if norm else "none",
-            f"{moved[row['step']]:.0f} B",
+            f"{len(norm)}: {sum(norm)} B",
+            f"{moved[row['step']]:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
