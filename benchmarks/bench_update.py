@@ -322,7 +322,6 @@ def host_time(rounds: int = 200) -> dict[str, float]:
 
 COLUMNS = {
     "cell": ("cell", "{}"),
-    "ms": ("ms", "{:.2f}"),
     "to_optax": ("to optax", "{:.2f}"),
     "to_torch": ("to PyTorch", "{:.2f}"),
     "to_copy": ("to a copy", "{:.2f}"),
@@ -382,7 +381,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(places, [row["cell"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("share of the other's time (less is faster)")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

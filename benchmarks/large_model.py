@@ -256,14 +256,13 @@ def traffic(elements: int = 1_000_000) -> dict[str, float]:
 def table(rows: list[dict[str, Any]], moved: dict[str, float]) -> str:
     """Return the rows in Markdown, megabytes a device."""
     lines = [
-        "| MB a device | parameters | state | gradients | temporaries | ÷ gradients "
-        "| collectives of the model | of the norm | bytes moved a parameter |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| MB a device | parameters, gradients | state | temporaries | ÷ gradients "
+        "| model's collectives | norm's | bytes moved |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         sizes = [
-            f"{row[name] / 1e6:.1f}"
-            for name in ("parameters", "state", "gradients", "temporaries")
+            f"{row[name] / 1e6:.1f}" for name in ("parameters", "state", "temporaries")
         ]
         norm = [one["bytes"] for one in row["collectives_of_the_norm"]]
         cells = [

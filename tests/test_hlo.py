@@ -153,3 +153,18 @@ def test_with_everything_on_both_are_in_branches():
     assert HISTOGRAM in text
     assert HISTOGRAM not in always_run(text)
     assert ROOT not in always_run(text)
+
+
+def test_the_guard_around_a_clip_writes_no_gradient():
+    large = {"w": jnp.ones(1_000_000)}
+    train_op = optloss.optimize_loss(
+        lambda params, gradients: jnp.vdot(params["w"], gradients["w"]),
+        global_step=0,
+        learning_rate=1e-3,
+        optimizer="adam",
+        clip_gradients=1.0,
+        skip_nonfinite=True,
+    )
+    step = jax.jit(train_op.update, donate_argnums=0)
+    program = step.lower(jax.eval_shape(train_op.init, large), large).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1_000_000
