@@ -108,7 +108,8 @@ def register_optimizer(name: str, factory: Factory) -> None:
     Args:
         name: An identifier that no other optimizer has.
         factory: ``factory(learning_rate, **keywords)`` returns an optax transformation.
-            It is called with a traced scalar, once per trace.
+            It is called with a traced scalar, once per trace, and with 0.1 to try out
+            keywords that are written behind its name.
 
     Raises:
         ValueError: If the name is taken or no identifier, or ``factory`` is not
