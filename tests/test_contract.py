@@ -65,11 +65,6 @@ STATIC = {
     "everything": ("learning_rate_decay_fn", "pack_small_leaves"),
 }
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-# What differs from its neighbour in the table by an option alone.
-VARIANTS = {"truncated noise", "schedule", "everything packed"}
-each_kind = pytest.mark.parametrize(
-    "name", [n for n in TRANSFORMS if n not in VARIANTS]
-)
 
 
 def build(name):
@@ -266,7 +261,7 @@ def test_scan_does_what_a_loop_does(name):
     assert_close(last, state)
 
 
-@each_kind
+@every_transform
 def test_vmap_does_several_at_once(name):
     params, state = plain_parameters(), build(name).init(plain_parameters())
     members = [
@@ -284,7 +279,7 @@ def test_vmap_does_several_at_once(name):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], (updates, states)), alone)
 
 
-@each_kind
+@every_transform
 def test_it_can_be_differentiated(name):
     params = plain_parameters()
     start, along = gradients(params, 0), gradients(params, 1)
@@ -309,7 +304,7 @@ def test_it_can_be_differentiated(name):
     np.testing.assert_allclose(directional, expected, rtol=0.02, atol=2e-3)
 
 
-@each_kind
+@every_transform
 def test_inject_hyperparams_may_hold_its_numbers(name):
     made, params = TRANSFORMS[name], plain_parameters()
     factory = optax.inject_hyperparams(made.func, static_args=STATIC.get(name, ()))
@@ -321,7 +316,7 @@ def test_inject_hyperparams_may_hold_its_numbers(name):
     assert_close(updates, alone)
 
 
-@each_kind
+@every_transform
 def test_masked_and_multi_steps_may_wrap_it(name):
     """Two half steps of a masked transform are one whole step of it."""
     params = plain_parameters() | {"frozen": jnp.ones(3)}

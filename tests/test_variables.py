@@ -171,3 +171,10 @@ def test_the_loss_sees_the_frozen_leaves_and_may_not_move_them():
     assert output.loss == 36.0
     np.testing.assert_allclose(state.params["a"], 2.0 - 0.1 * 2 * 2 * 9, rtol=1e-6)
     assert state.params["b"] == 3.0
+
+
+def test_the_selection_holds_for_the_state_it_began_with():
+    """A run that goes on under another selection says so, and does not mix states."""
+    state = make(variables=TRAINED).init(network())
+    with pytest.raises((ValueError, TypeError)):
+        make(variables="layer_0/**")(state, X)

@@ -9,6 +9,8 @@ import jax
 import pytest
 from distributed.meshes import AUTO, make_mesh
 
+import optloss
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "large_model.py"
 
 
@@ -85,3 +87,28 @@ def test_the_docs_print_what_was_measured(large_model):
         assert by_step[step]["temporaries"] <= 1.1 * by_step[step]["gradients"]
     printed = (large_model.TABLES / "large_model.md").read_text()
     assert printed == large_model.table(rows, moved) + "\n"
+
+
+def test_the_step_that_is_measured_trains(large_model, mesh):
+    tiny = large_model.Size(layers=1, width=32, hidden=64, heads=2, vocabulary=64)
+    shapes = large_model.shapes_of(tiny, mesh)
+    leaves, structure = jax.tree.flatten(shapes)
+    params = structure.unflatten(
+        jax.device_put(
+            0.1 * jax.random.normal(jax.random.key(i), leaf.shape), leaf.sharding
+        )
+        for i, leaf in enumerate(leaves)
+    )
+    op = optloss.optimize_loss(
+        lambda params, tokens: large_model.loss(params, tokens, heads=2),
+        0,
+        0.01,
+        "adam",
+        clip_gradients=1.0,
+    )
+    state, losses = op.init(params), []
+    tokens = jax.random.randint(jax.random.key(9), (4, 9), 0, 64)
+    for _ in range(20):
+        state, output = op(state, tokens)
+        losses.append(float(output.loss))
+    assert losses[-1] < 0.8 * losses[0]

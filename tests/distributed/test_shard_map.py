@@ -12,6 +12,7 @@ from distributed.meshes import (
     EXPLICIT,
     MIXED,
     REPLICATED,
+    SHARDED,
     distance,
     line,
     loss,
@@ -183,8 +184,8 @@ def run_alone(noise):
 
 @pytest.mark.parametrize(
     ("specs", "noise"),
-    [(REPLICATED, 0.05), (MIXED, None)],
-    ids=["replicated", "mixed"],
+    [(REPLICATED, 0.05), (SHARDED, None), (MIXED, None)],
+    ids=["replicated", "sharded", "mixed"],
 )
 def test_twenty_steps_equal_those_of_one_device(specs, noise):
     op = optloss.optimize_loss(
