@@ -63,6 +63,7 @@ STATIC = {
     "injected adam": ("factory",),
     "injected ftrl": ("factory",),
     "everything": ("learning_rate_decay_fn", "pack_small_leaves"),
+    "everything packed": ("learning_rate_decay_fn", "pack_small_leaves"),
 }
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
