@@ -186,10 +186,8 @@ def test_the_tails_of_ten_million_draws_are_full():
         assert abs((z > bound).sum() - expected) < 4 * np.sqrt(expected)
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [("threefry2x32", jnp.complex128), *((i, jnp.complex64) for i in IMPLEMENTATIONS)],
-)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
 def test_a_complex_draw_has_a_mean_square_of_one(impl, dtype):
     with jax.enable_x64(True):
         likes, key = [jnp.zeros(MANY // 5, dtype)], jax.random.key(1, impl=impl)
@@ -267,7 +265,7 @@ def test_counters_do_not_repeat_beyond_two_to_the_32():
 
 # What a draw may not depend on
 
-SHAPES = [(), (1,), (257,), (3, 5, 7), (0, 3), (SMALL,)]
+SHAPES = [(), (1,), (7,), (256,), (257,), (50, 50), (3, 5, 7), (0, 3), (SMALL,)]
 LARGE = [(SMALL + 1,), (300, 111)]
 
 
@@ -293,14 +291,8 @@ def test_one_element_is_rounded_like_many(quantile):
     np.testing.assert_array_equal(many, jnp.concatenate(one_by_one))
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [
-        ("threefry2x32", jnp.bfloat16),
-        ("threefry2x32", jnp.complex64),
-        *((impl, jnp.float32) for impl in IMPLEMENTATIONS),
-    ],
-)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_a_matrix_of_leaves_is_drawn_as_the_leaves_are(impl, dtype):
     key, width = jax.random.key(4, impl=impl), 128
     sizes = (300, 128, 1, 513)
@@ -338,14 +330,15 @@ def test_a_traced_step_and_std_change_nothing():
 
 
 def test_noise_of_no_strength_leaves_the_leaves():
-    leaves = [jnp.array([1.0, jnp.inf, -3e-37]), jnp.arange(SMALL + 1.0), jnp.ones(5)]
+    odd = jnp.array([1.0, jnp.inf, -3e-39, -0.0])
+    leaves = [odd, jnp.tile(odd, SMALL), jnp.ones(5)]
     words, impl = split_key(1)
     noisy = jax.jit(add_normals, static_argnums=(3, 5))
     names = ("a", "b", "c")
     for leaf, same in zip(
         leaves, noisy(leaves, 0.0, words, impl, jnp.int32(0), names), strict=True
     ):
-        np.testing.assert_array_equal(same, leaf)
+        assert np.asarray(same).tobytes() == np.asarray(leaf).tobytes()
 
 
 def test_it_can_be_differentiated():
@@ -387,9 +380,9 @@ def test_a_draw_is_computed_once_however_many_read_it():
     text = (
         jax.jit(three_readers).lower(leaves, leaves, jnp.int32(0)).compile().as_text()
     )
-    # One for the large leaf, one for the small ones, and what the keys take.
+    # One for the large leaf, one for the small ones, and one for all their keys.
     shifts = text.count(" shift-right-logical(")
-    assert 2 * normals.ROUNDS <= shifts < 4 * normals.ROUNDS
+    assert 3 * normals.ROUNDS <= shifts < 4 * normals.ROUNDS
 
 
 # Devices

@@ -93,7 +93,7 @@ def add_normals(
     Args:
         leaves: Floating or complex arrays ``[*shape]``. Noise is added in float32 to
             half precision; a complex draw has a mean square of 1, like JAX's.
-        std: A real scalar. Where it is 0 nothing is drawn.
+        std: A real scalar. Where it is 0 the leaves keep their bits.
         key_data: The words of a key, from :func:`split_key`.
         impl: Its implementation.
         step: int32 ``[]``, >= 0: how many draws there were before.
@@ -178,7 +178,11 @@ def _add_one_by_one(
         # A branch that returned the leaf itself would have it copied.
         return [jnp.where(std != 0, std.astype(x.dtype), x) for x in leaves]
 
-    sums: list[jax.Array] = _once(noisy, silent, live, noisy)
+    def either() -> list[jax.Array]:
+        sums = zip(leaves, noisy(), strict=True)
+        return [jnp.where(std != 0, some, leaf) for leaf, some in sums]
+
+    sums: list[jax.Array] = _once(noisy, silent, live, either)
     return sums
 
 
@@ -202,8 +206,9 @@ def _add_together(
         lax.dynamic_slice_in_dim(matrix.reshape(-1), start, leaf.size)
         for leaf, start in zip(leaves, _unknown(starts, live), strict=True)
     ]
+    # Without noise a leaf keeps its bits: -0.0 + 0 is 0.0, and so is 1e-40 + 0 here.
     return [
-        _plus(leaf, std, z.reshape(leaf.shape))
+        jnp.where(std != 0, _plus(leaf, std, z.reshape(leaf.shape)), leaf)
         for leaf, z in zip(leaves, pieces, strict=True)
     ]
 
