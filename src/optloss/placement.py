@@ -113,11 +113,11 @@ def shard_like(tree: Any, like: Any) -> Any:
 def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:
     """Return the shardings, one a leaf, in which a step has to return ``state``.
 
-    ``None`` where nothing has to be said: on one device, or with Explicit axes alone.
+    ``None`` where nothing has to be said: without a mesh, or with Explicit axes alone.
     """
     # The first tells for all, which are on its mesh: this runs at each step.
     home = next((getattr(x, "sharding", None) for x in jax.tree.leaves(params)), None)
-    if not isinstance(home, NamedSharding) or home.mesh.size == 1:
+    if not isinstance(home, NamedSharding):
         return None
     if AxisType.Auto not in home.mesh.axis_types:
         return None

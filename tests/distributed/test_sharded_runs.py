@@ -216,6 +216,21 @@ def test_fifty_steps_and_a_change_of_rate_compile_once(kind, jitted, compilation
 
 
 @KINDS
+def test_a_mesh_of_one_device_is_a_mesh(kind):
+    """A program written for many devices, on the one that is there today."""
+    mesh = line(kind, 1)
+    op = optloss.optimize_loss(loss_on(mesh), 0, 0.1, "adam", clip_gradients=1.0)
+    with entered(mesh):
+        state = op.init(put(make_params(), mesh, SHARDED))
+        placed = shardings(state)
+        for x, y in make_batches(3):
+            state, _ = op(state, *put((x, y), mesh, P()))
+    assert shardings(state) == placed
+    compiled = op._compiled, *op._compiled_on_a_mesh.values()
+    assert sum(step._cache_size() for step in compiled) == 1
+
+
+@KINDS
 def test_the_buffers_of_a_sharded_state_are_used_again(kind):
     mesh = square_mesh(kind)
     op = optloss.optimize_loss(
