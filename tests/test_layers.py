@@ -14,6 +14,7 @@ HOUSE = (
     ("normals",),
     ("messages", "placement", "sampling", "trees"),
     ("decays", "loss", "names", "norms", "optimizers", "rates"),
+    ("turns",),
     ("histograms", "packed", "summaries"),
     ("transforms",),
     ("stages",),

@@ -38,6 +38,7 @@ from optloss.transforms.clipping import ClipState
 from optloss.transforms.nonfinite import is_finite, skip_unless, start_skipping
 from optloss.transforms.packing import pack_small_leaves
 from optloss.trees import freeze, keep_dtypes, negative_zeros, scale_leaves, thaw
+from optloss.turns import in_turn
 
 
 class ChainState(NamedTuple):
@@ -178,6 +179,18 @@ class Chain:
             )
         state = shaped.state._replace(optimizer=keep_dtypes(after, before))
         return updates, state
+
+    def move(self, shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
+        """Turn the shaped gradient into new parameters: the second half, applied."""
+
+        def moved(shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
+            updates, state = self.optimize(shaped, params, extra)
+            return optax.apply_updates(params, updates), state
+
+        result: tuple[Any, Any] = in_turn(
+            moved, (params, shaped.state), shaped, params, extra
+        )
+        return result
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """Return both halves as one transform."""

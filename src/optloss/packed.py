@@ -19,6 +19,7 @@ import numpy as np
 
 from optloss.names import leaf_names
 from optloss.trees import freeze, is_inexact
+from optloss.turns import surely
 
 ROW = 128
 """Elements of a row."""
@@ -137,12 +138,11 @@ def _starts(vector: jax.Array, slots: tuple[Slot, ...]) -> list[Any]:
     starts = [0, *map(int, ends[:-1])]
     if isinstance(vector, (np.ndarray, jax.ShapeDtypeStruct)) or not vector.size:
         return starts
-    first = vector[0].real
-    bits = jax.lax.bitcast_convert_type(first, f"uint{first.dtype.itemsize * 8}")
-    always = jax.lax.population_count(bits) <= bits.dtype.itemsize * 8
     unknown: list[Any] = jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(
-            always, lambda: _scalars(starts), lambda: _scalars([0] * len(starts))
+            surely(vector),
+            lambda: _scalars(starts),
+            lambda: _scalars([0] * len(starts)),
         ),
         default=lambda: _scalars(starts),
     )

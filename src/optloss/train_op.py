@@ -244,8 +244,7 @@ class TrainOp:
         shaped = self.chain.shape(gradients, before, trained, extra, measure)
 
         def commit() -> tuple[Any, Any]:
-            updates, opt_state = self.chain.optimize(shaped, trained, extra)
-            moved = optax.apply_updates(trained, updates)
+            moved, opt_state = self.chain.move(shaped, trained, extra)
             params = thaw(moved, state.params, selected)
             context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
             model_state = run_update_ops(
