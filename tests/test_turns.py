@@ -45,7 +45,7 @@ def updater(optimizer):
 
 def branches(update, before, *args):
     def step(before, *args):
-        return turns.in_turn(update, before, *args)
+        return turns.in_turn(update, before, jnp.ones(()), *args)
 
     return str(jax.make_jaxpr(step)(before, *args)).count("cond[")
 
@@ -96,7 +96,7 @@ def test_three_updates_in_parts_are_those_made_at_once(name):
     update, init = updater(OPTIMIZERS[name])
     in_parts = jax.jit(
         lambda gradients, state, params: turns.in_turn(
-            update, (params, state), gradients, state, params
+            update, (params, state), jnp.ones(()), gradients, state, params
         )
     )
     at_once = jax.jit(update)
@@ -117,7 +117,7 @@ def test_leaves_that_an_operation_brings_together_stay_together():
 
     leaves = [i * jnp.ones(LARGE) for i in range(4)]
     assert branches(update, leaves, leaves) == 3
-    found = turns.in_turn(update, leaves, leaves)
+    found = turns.in_turn(update, leaves, jnp.ones(()), leaves)
     for one, other in zip(found, update(leaves), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -132,11 +132,11 @@ def test_what_enters_all_parts_is_computed_once():
     rate, count = jnp.float32(0.1), jnp.int32(1)
     before = [*leaves, rate, count, jnp.float32(0), leaves[0]]
     traced = jax.make_jaxpr(functools.partial(turns.in_turn, update))(
-        before, leaves, rate, count
+        before, jnp.ones(()), leaves, rate, count
     )
     assert str(traced).count("cond[") == 2
     assert str(traced).count("pow") == 1
-    found = turns.in_turn(update, before, leaves, rate, count)
+    found = turns.in_turn(update, before, jnp.ones(()), leaves, rate, count)
     for one, other in zip(found, update(leaves, rate, count), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -147,7 +147,7 @@ def test_a_result_unlike_what_was_before_is_made_at_once():
 
     leaves = [jnp.ones(LARGE), jnp.ones(LARGE)]
     assert branches(update, leaves, leaves) == 0
-    assert turns.in_turn(update, leaves, leaves)[0].dtype == jnp.bfloat16
+    assert turns.in_turn(update, leaves, jnp.ones(()), leaves)[0].dtype == jnp.bfloat16
 
 
 # In a training op
@@ -276,14 +276,15 @@ def test_a_skipped_update_keeps_every_bit():
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.parametrize("loss", [given, linear])
 @pytest.mark.parametrize("guarded", [False, True])
-def test_no_leaf_is_copied(guarded, monkeypatch):
+def test_no_leaf_is_copied(loss, guarded, monkeypatch):
     """The parts update in place: besides, a step needs no more than made at once."""
     params = {f"layer_{i}": jnp.ones(10_000) for i in range(4)}
 
     def compiled():
         train_op = make(
-            given,
+            loss,
             gradient_multipliers=None,
             learning_rate_multipliers=None,
             skip_nonfinite=guarded,
@@ -306,7 +307,7 @@ import jax, jax.numpy as jnp, optloss
 jax.config.update("jax_num_cpu_devices", {devices})
 train_op = optloss.optimize_loss(
     lambda params: sum(jnp.sum(jnp.sin(leaf)) for leaf in params),
-    global_step=0, learning_rate=0.1, optimizer="adam",
+    global_step=0, learning_rate=0.1, optimizer="adam", clip_gradients={clip},
 )
 state = train_op.init([jnp.ones(2**17), jnp.ones((2**9, 2**8)), jnp.ones(2**16)])
 compiled = jax.jit(train_op.update).lower(state).compile()
@@ -314,9 +315,11 @@ print(compiled.as_text().count(" conditional("))
 """
 
 
-@pytest.mark.parametrize(("devices", "expected"), [(1, 2), (2, 0)])
-def test_turns_are_taken_where_there_is_one_cpu(devices, expected):
-    program = COUNT.format(devices=devices)
+@pytest.mark.parametrize(
+    ("devices", "clip", "expected"), [(1, 1.0, 2), (2, 1.0, 0), (1, None, 0)]
+)
+def test_turns_are_taken_on_one_cpu_where_all_wait_for_a_norm(devices, clip, expected):
+    program = COUNT.format(devices=devices, clip=clip)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -187,8 +187,11 @@ class Chain:
             updates, state = self.optimize(shaped, params, extra)
             return optax.apply_updates(params, updates), state
 
+        if shaped.factor is None and not self.skip_nonfinite:
+            # Each leaf can be updated as soon as its gradient is there.
+            return moved(shaped, params, extra)
         result: tuple[Any, Any] = in_turn(
-            moved, (params, shaped.state), shaped, params, extra
+            moved, (params, shaped.state), extra["value"], shaped, params, extra
         )
         return result
 

@@ -1,9 +1,9 @@
 """One leaf after the other, because a processor's cache is small.
 
-XLA's CPU runtime starts a kernel as soon as its operands are there. Of an optimizer it
-runs the moments of all leaves and then the parameters of all leaves; by then the first
-moments have left the cache, and come from memory once more. In a branch of its own a
-leaf is updated in one go.
+XLA's CPU runtime starts a kernel as soon as its operands are there. Of an optimizer
+behind a clip, which waits for the norm, it runs the moments of all leaves and then the
+parameters of all leaves; by then the first moments have left the cache, and come from
+memory once more. In a branch of its own a leaf is updated in one go.
 
 What belongs to a leaf is read off the traced update. Large arrays that no operation
 brings together lie in parts that know nothing of each other, whatever the optimizer is.
@@ -32,12 +32,14 @@ def surely(array: jax.Array) -> jax.Array:
     return always
 
 
-def in_turn(fn: Callable[..., Any], before: Any, *args: Any) -> Any:
+def in_turn(fn: Callable[..., Any], before: Any, reader: jax.Array, *args: Any) -> Any:
     """Return ``fn(*args)``, on a single CPU one independent part after the other.
 
     Args:
         fn: A function from trees of arrays to a tree of arrays.
         before: A tree like the result: the arrays whose memory the result may take.
+        reader: What else was computed from these, such as the loss: an array, not
+            empty. The parts wait for it, so that nothing has to be kept for it.
         *args: Trees of arrays.
 
     Returns:
@@ -63,7 +65,8 @@ def in_turn(fn: Callable[..., Any], before: Any, *args: Any) -> Any:
         compute = functools.partial(_compute, jaxpr, equations, made, values)
         # A branch that returned anything else would have its result copied.
         keep = functools.partial(_look_up, made, old)
-        updated = branch(surely(values[first]), compute, keep)
+        live = surely(values[first]) & surely(reader)
+        updated = branch(live, compute, keep)
         values |= zip(made, updated, strict=True)
     found = _look_up(jaxpr.outvars, values)
     return jax.tree.unflatten(jax.tree.structure(result), found)
