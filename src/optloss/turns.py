@@ -16,7 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    jaxpr_as_fun,
+)
 
 from optloss.norms import branch
 
@@ -115,7 +122,7 @@ def _compute(
     made = set(_made(equations))
     needed = [var for var in used if var not in made]
     part = jaxpr.replace(constvars=[], invars=needed, outvars=wanted, eqns=equations)
-    results: list[Any] = jax.core.eval_jaxpr(part, (), *_look_up(needed, values))
+    results: list[Any] = jaxpr_as_fun(ClosedJaxpr(part, []))(*_look_up(needed, values))
     return results
 
 
