@@ -252,14 +252,8 @@ def play(run, **changed):
 
 
 def tolerance_of(run):
-    """Return how far ``run`` may lie from its recording.
-
-    TensorFlow holds the constants of a float64 run as float32 numbers. That shows most
-    in Adam, whose 1 - beta2 is then wrong by 1.3e-5.
-    """
-    if run.dtype == "float32":
-        return 2e-5
-    return 4e-6 if "Adam" in str(run.case["optimizer"]) else 2e-6
+    """Return how far ``run`` may lie from its recording."""
+    return 2e-5 if run.dtype == "float32" else 2e-6
 
 
 def recorded_results(run):

@@ -22,9 +22,13 @@ REASONED_DIFFERENCES = {
     "mlp_SGD_mult_unmatched": "a multiplier of nothing is refused, no longer ignored",
     "quadU_Ftrl_none_gradient": "the gradient by an unused parameter is zero, not "
     "None, and Ftrl acts on zeros; `variables` leaves it out",
-}
+} | dict.fromkeys(
+    ("mlp_Adam_f64", "quad_Adam_f64_lrtensor", "mlp_Adam_decay_exp_f64_lrtensor"),
+    "TensorFlow holds beta2 as a float32 number for float64 parameters, too, so that "
+    "its 1 - beta2 is wrong by 1.3e-5; here it is exact",
+)
 ALIKE = [name for name in RUNS if name not in REASONED_DIFFERENCES]
-FLOAT64 = [name for name in ALIKE if RUNS[name].dtype == "float64"]
+FLOAT64 = [name for name in RUNS if RUNS[name].dtype == "float64"]
 
 
 @functools.cache
@@ -68,7 +72,7 @@ def test_the_restatement_reproduces_the_recording(name):
 
 def test_there_are_115_recordings_and_few_differences():
     assert len(RUNS) == 115
-    assert len(ALIKE) >= 103
+    assert len(REASONED_DIFFERENCES) <= 12
 
 
 def test_a_negative_bound_is_refused_and_infinity_measures_without_clipping():
@@ -101,6 +105,14 @@ def test_ftrl_zeroes_an_unused_parameter_unless_variables_leaves_it_out():
     assert set(differences(name, found)) == {"param/unused"}
     assert not found["param/unused"].any()
     assert differences(name, play(RUNS[name], variables=["a", "b", "c"])) == {}
+
+
+@pytest.mark.parametrize("name", FLOAT64)
+def test_only_adam_shows_that_the_recorded_constants_were_rounded(name):
+    """By how much: 1.3e-5 of the second moment, and half of that of an update."""
+    found = played(name)
+    assert (differences(name, found) != {}) == (name in REASONED_DIFFERENCES)
+    assert compare(recorded_results(RUNS[name]), found, 4e-6) == {}
 
 
 def test_noise_moves_an_unused_parameter_unless_variables_leaves_it_out():
