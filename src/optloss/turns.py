@@ -84,7 +84,7 @@ def _on_one_cpu() -> bool:
 
 
 def _is_large(kind: Any) -> bool:
-    """Tell it of an array's type."""
+    """Tell whether an array of this type is worth a branch."""
     return jnp.issubdtype(kind.dtype, jnp.inexact) and kind.size >= LARGE
 
 
