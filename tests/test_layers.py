@@ -11,10 +11,10 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
 # From the ground up; a package is one room. "" is the public API, `optloss` itself.
 HOUSE = (
+    ("mesh",),
     ("normals",),
-    ("messages", "placement", "sampling", "trees"),
+    ("messages", "sampling", "trees"),
     ("decays", "loss", "names", "norms", "optimizers", "rates"),
-    ("turns",),
     ("histograms", "packed", "summaries"),
     ("transforms",),
     ("stages",),

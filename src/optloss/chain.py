@@ -38,7 +38,6 @@ from optloss.transforms.clipping import ClipState
 from optloss.transforms.nonfinite import is_finite, skip_unless, start_skipping
 from optloss.transforms.packing import pack_small_leaves
 from optloss.trees import freeze, keep_dtypes, negative_zeros, scale_leaves, thaw
-from optloss.turns import in_turn
 
 
 class ChainState(NamedTuple):
@@ -182,18 +181,8 @@ class Chain:
 
     def move(self, shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
         """Turn the shaped gradient into new parameters: the second half, applied."""
-
-        def moved(shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
-            updates, state = self.optimize(shaped, params, extra)
-            return optax.apply_updates(params, updates), state
-
-        if shaped.factor is None and not self.skip_nonfinite:
-            # Each leaf can be updated as soon as its gradient is there.
-            return moved(shaped, params, extra)
-        result: tuple[Any, Any] = in_turn(
-            moved, (params, shaped.state), extra["value"], shaped, params, extra
-        )
-        return result
+        updates, state = self.optimize(shaped, params, extra)
+        return optax.apply_updates(params, updates), state
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """Return both halves as one transform."""

@@ -7,15 +7,14 @@ its logarithm.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from optloss.norms import explicit_axes, varying, varying_axes
+from optloss.mesh import reduce_over_mesh, vary_over, varying, varying_axes
 from optloss.trees import inexact_leaves, norm_dtype
 
 Axes = tuple[str, ...]
@@ -230,9 +229,7 @@ def empty_like(shapes: Stacked) -> Stacked:
     def empty(stack: jax.ShapeDtypeStruct) -> jax.Array:
         packed = _nothing(_float_like(stack.dtype)).histogram().packed
         rows = jnp.broadcast_to(packed, stack.shape)
-        axes = tuple(sorted(varying(stack)))
-        cast: jax.Array = jax.lax.pcast(rows, axes, to="varying") if axes else rows
-        return cast
+        return vary_over(rows, varying(stack))
 
     made: Stacked = jax.tree.map(empty, shapes)
     return made
@@ -362,17 +359,9 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> Any:
-    mesh, explicit = explicit_axes(leaf)
-    if not explicit:
-        return _of_a_leaf(leaf, axes, dtype)
-    spread: Callable[[jax.Array], Any] = jax.shard_map(
-        lambda leaf: _of_a_leaf(leaf, (*axes, *explicit), dtype),
-        mesh=mesh,
-        in_specs=jax.typeof(leaf).sharding.spec,
-        out_specs=PartitionSpec(),
-        axis_names=set(explicit),
+    return reduce_over_mesh(
+        lambda leaf, axes: _of_a_leaf(leaf, axes, dtype), leaf, axes
     )
-    return spread(leaf)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -46,6 +46,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optloss.mesh import explicit_sharding
+
 Words = tuple[jax.Array, jax.Array]
 
 ROUNDS = 13
@@ -86,12 +88,12 @@ def normals(key: Words, count: Words, dtype: Any, distribution: str) -> jax.Arra
     return truncated_quantile(words)
 
 
-def threefry(key: Words, count: Words) -> Words:
-    """Return the threefry2x32 hash, of 13 rounds, of ``count`` under ``key``."""
+def threefry(key: Words, count: Words, rounds: int = ROUNDS) -> Words:
+    """Return the threefry2x32 hash of ``count`` under ``key``."""
     k0, k1 = key
     schedule = (k0, k1, k0 ^ k1 ^ jnp.uint32(PARITY))
     x0, x1 = count[0] + k0, count[1] + k1
-    for i in range(ROUNDS):
+    for i in range(rounds):
         left = ROTATIONS[i % 8]
         x0 = x0 + x1
         x1 = x0 ^ ((x1 << jnp.uint32(left)) | (x1 >> jnp.uint32(32 - left)))
@@ -166,13 +168,6 @@ def _index(like: jax.Array, dimensions: range) -> jax.Array:
         total = total + index * jnp.uint32(stride)
         stride *= like.shape[dimension]
     return total
-
-
-def explicit_sharding(like: jax.Array) -> Any:
-    """Return the sharding that the type of ``like`` tells, None if it tells none."""
-    sharding = jax.typeof(like).sharding
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return sharding if explicit else None
 
 
 def _signed(word: jax.Array) -> jax.Array:

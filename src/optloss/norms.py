@@ -18,22 +18,27 @@ Every device of a mesh must come to the same norm, and count each parameter once
 import collections
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
+from optloss.mesh import (
+    Axes,
+    AxisName,
+    axes_of,
+    reduce_over_mesh,
+    vary_over,
+    varying,
+    varying_axes,
+)
 from optloss.trees import accumulator_dtype, inexact_leaves, norm_dtype
-
-Axes = tuple[str, ...]
 
 LARGE = 2**17
 """Elements of a leaf that is worth a kernel."""
 
 
-def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
+def global_norm(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
     r"""Return the Euclidean norm of all floating and complex leaves together.
 
     .. math:: \lVert g \rVert_2 = \sqrt{\sum_i \lvert g_i \rvert^2}
@@ -60,7 +65,7 @@ def global_norm(tree: Any, *, axis_name: str | Axes | None = None) -> jax.Array:
     See also:
         :func:`clip_by_global_norm`, which measures the gradient with it.
     """
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    axes = axes_of(axis_name)
     dtype = norm_dtype(tree)
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:
@@ -88,8 +93,8 @@ def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
     places = _places(leaves)
     scales = jnp.ones(1 + max(places), dtype)
     first = (scales, jnp.zeros((), dtype), jnp.array(True))
-    unsummed = _varying_axes_of(leaves) - set(axes)
-    first = jax.lax.pcast(first, tuple(sorted(unsummed)), to="varying")
+    unsummed = frozenset().union(*map(varying, leaves)) - set(axes)
+    first = jax.tree.map(lambda leaf: vary_over(leaf, unsummed), first)
     scales, total, _ = jax.lax.while_loop(again, measure, first)
     norm: jax.Array = jnp.sqrt(total) / scales[0]
     return norm
@@ -144,30 +149,10 @@ def _parts(leaf: jax.Array) -> list[jax.Array]:
 
 def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
     """Sum ``fn(*part)`` over all parts, elements and devices."""
-    mesh, explicit = explicit_axes(parts)
-    if not explicit:
-        return _sum_here(parts, fn, axes, dtype)
-    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, parts)
-    spread: Callable[..., jax.Array] = jax.shard_map(
-        lambda parts: _sum_here(parts, fn, (*axes, *explicit), dtype),
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=jax.sharding.PartitionSpec(),
-        axis_names=set(explicit),
+    total: jax.Array = reduce_over_mesh(
+        lambda parts, axes: _sum_here(parts, fn, axes, dtype), parts, axes
     )
-    return spread(parts)
-
-
-def explicit_axes(tree: Any) -> tuple[Any, Axes]:
-    """Return the mesh and the Explicit axes that a leaf of ``tree`` is sharded over."""
-    found: dict[str, Any] = {}
-    for leaf in jax.tree.leaves(tree):
-        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-        for axis in jax.tree.leaves(tuple(spec)):
-            kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-            if kinds[axis] == AxisType.Explicit:
-                found[axis] = mesh
-    return next(iter(found.values()), None), tuple(found)
+    return total
 
 
 def _sum_here(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
@@ -179,63 +164,3 @@ def _sum_here(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
         copies = math.prod(jax.lax.axis_size(axis) for axis in used if axis not in own)
         total += jnp.sum(fn(*part).astype(dtype)) / copies
     return jax.lax.psum(total, used) if used else total
-
-
-def varying_axes(tree: Any, axes: Axes) -> Axes:
-    """Return those of the manual ``axes`` over which a leaf of ``tree`` is sharded.
-
-    Where types say nothing (``pmap``, ``shard_map`` with ``check_vma=False``), all of
-    them.
-    """
-    if not axes:
-        return ()
-    if not all(axis in varying(jax.lax.axis_index(axis)) for axis in axes):
-        return axes
-    own = _varying_axes_of(tree)
-    return tuple(axis for axis in axes if axis in own)
-
-
-def _varying_axes_of(tree: Any) -> set[str]:
-    return set().union(*(varying(leaf) for leaf in jax.tree.leaves(tree)))
-
-
-def varying(leaf: Any) -> frozenset[str]:
-    """Return the manual axes that ``leaf`` may differ over."""
-    return frozenset(jax.typeof(leaf).manual_axis_type.varying)
-
-
-def agree(finite: jax.Array, axis_name: str | Axes | None) -> jax.Array:
-    """Return whether ``finite`` holds on all devices along ``axis_name``."""
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    over = varying_axes(finite, axes)
-    if not over:
-        return finite
-    refusals: jax.Array = jax.lax.psum(jnp.logical_not(finite).astype(jnp.int32), over)
-    return refusals == 0
-
-
-def branch(
-    pred: jax.Array, on_true: Callable[[], Any], on_false: Callable[[], Any]
-) -> Any:
-    """Return ``on_true()`` if ``pred``, else ``on_false()``: ``jax.lax.cond``.
-
-    That refuses branches of which one is replicated where the other is sharded, which
-    under ``shard_map`` are different types. Here the result counts as sharded then.
-    """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return jax.lax.cond(pred, on_true, on_false)
-    over = jax.tree.map(
-        lambda *leaves: _varying_axes_of(leaves),
-        jax.eval_shape(on_true),
-        jax.eval_shape(on_false),
-    )
-
-    def spread(leaf: jax.Array, axes: set[str]) -> jax.Array:
-        missing = tuple(sorted(axes - varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.lax.cond(
-        pred,
-        lambda: jax.tree.map(spread, on_true(), over),
-        lambda: jax.tree.map(spread, on_false(), over),
-    )

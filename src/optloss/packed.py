@@ -19,7 +19,6 @@ import numpy as np
 
 from optloss.names import leaf_names
 from optloss.trees import freeze, is_inexact
-from optloss.turns import surely
 
 ROW = 128
 """Elements of a row."""
@@ -140,13 +139,21 @@ def _starts(vector: jax.Array, slots: tuple[Slot, ...]) -> list[Any]:
         return starts
     unknown: list[Any] = jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(
-            surely(vector),
+            opaque_true(vector),
             lambda: _scalars(starts),
             lambda: _scalars([0] * len(starts)),
         ),
         default=lambda: _scalars(starts),
     )
     return unknown
+
+
+def opaque_true(array: jax.Array) -> jax.Array:
+    """Return ``True`` as XLA cannot know it: read off ``array``, which is not empty."""
+    first = jnp.ravel(array)[0].real
+    bits = jax.lax.bitcast_convert_type(first, f"uint{first.dtype.itemsize * 8}")
+    always: jax.Array = jax.lax.population_count(bits) <= bits.dtype.itemsize * 8
+    return always
 
 
 def _scalars(numbers: list[int]) -> list[jax.Array]:

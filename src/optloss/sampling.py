@@ -29,17 +29,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optloss.mesh import explicit_sharding, is_whole
 from optloss.normals import (
     CUT,
     SIGN,
     counters,
-    explicit_sharding,
     normals,
+    threefry,
 )
 
 THREEFRY = "threefry2x32"
@@ -255,7 +255,7 @@ def _key_table(
     data = jax.random.key_data(root)
     halves = jnp.pad(data.reshape(-1), (0, data.size % 2)).reshape(-1, 2)
     hashed = [
-        jax.extend.random.threefry_2x32((k0, k1), words.T.reshape(-1))
+        jnp.concatenate(threefry((k0, k1), (words[:, 0], words[:, 1]), rounds=20))
         for k0, k1 in halves
     ]
     table = jnp.stack(hashed).reshape(-1, len(names)).T
@@ -268,8 +268,7 @@ def _groups(
     """Return which leaves are drawn together: small ones of one dtype and salt."""
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        whole = all(axis is None for axis in jax.typeof(leaf).sharding.spec)
-        if leaf.size <= SMALL and whole and isinstance(names[i], str):
+        if leaf.size <= SMALL and is_whole(leaf) and isinstance(names[i], str):
             groups.setdefault((_wide(leaf.dtype), salted[i]), []).append(i)
     return [group for group in groups.values() if len(group) > 1]
 

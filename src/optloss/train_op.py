@@ -19,8 +19,8 @@ from optloss.chain import Chain, ChainState, as_arrays
 from optloss.describe import describe, one_line
 from optloss.histograms import Histogram, Stacked
 from optloss.loss import Outcome, call_loss, run_update_ops
+from optloss.mesh import kept_shardings, shard_like, shard_state
 from optloss.messages import show
-from optloss.placement import kept_shardings, place_beside, shard_like
 from optloss.reporting import Asked, Seen, summarise, wants_norms
 from optloss.transforms.nonfinite import is_finite, skip_unless
 from optloss.trees import freeze, map_inexact, strong, thaw
@@ -161,7 +161,7 @@ class TrainOp:
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
         state = TrainOpState(step, params, model_state, opt_state)
-        placed: TrainOpState = place_beside(state, params)
+        placed: TrainOpState = shard_state(state, params)
         return placed
 
     def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
@@ -187,11 +187,12 @@ class TrainOp:
             return self._compiled
         structure = jax.tree.structure(state)
         if (structure, shardings) not in self._compiled_on_a_mesh:
+            placed = jax.tree.unflatten(structure, shardings)
             self._compiled_on_a_mesh[structure, shardings] = jax.jit(
-                self._handed_over,
+                functools.partial(self._handed_over, placed.params),
                 donate_argnums=(0,) if self.donate else (),
                 out_shardings=(
-                    jax.tree.unflatten(structure, shardings),
+                    placed,
                     None,
                     None,
                     None,
@@ -205,10 +206,17 @@ class TrainOp:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
-        return jax.jit(self._handed_over, donate_argnums=(0,) if self.donate else ())
+        return jax.jit(
+            functools.partial(self._handed_over, None),
+            donate_argnums=(0,) if self.donate else (),
+        )
 
-    def _handed_over(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Any:
-        new_state, output = self.update(state, *args, **kwargs)
+    def _handed_over(
+        self, shardings: Any, state: TrainOpState, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check_state(state)
+        with jax.named_scope(self.name or "OptimizeLoss"):
+            new_state, output = self._step(state, args, kwargs, shardings)
         return new_state, output.loss, output.aux, Stacked(output.summaries)
 
     def update(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
@@ -230,10 +238,15 @@ class TrainOp:
         with jax.named_scope(self.name or "OptimizeLoss"):
             return self._step(state, args, kwargs)
 
-    def _step(self, state: TrainOpState, args: Any, kwargs: Any) -> Step:
+    def _step(
+        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
+    ) -> Step:
         selected = self.chain.selected(state.params)
         trained = freeze(state.params, selected)
         outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
+        if self.colocate_gradients_with_ops:
+            wanted = None if shardings is None else freeze(shardings, selected)
+            gradients = shard_like(gradients, trained, wanted)
         extra = {"value": outcome.loss}
         if state.step is not None:
             extra["step"] = state.step
@@ -297,8 +310,6 @@ class TrainOp:
         gradients = map_inexact(
             lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradients
         )
-        if self.colocate_gradients_with_ops:
-            gradients = shard_like(gradients, trained)
         return outcome, gradients
 
 

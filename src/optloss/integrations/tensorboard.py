@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from optloss.histograms import Histogram
+from optloss.mesh import is_traced
 from optloss.messages import refusal, show
 
 try:
@@ -235,7 +235,7 @@ def _check_summaries(summaries: Any) -> int | None:
 
 def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
     call = f"SummaryWriter.write(summaries[{tag!r}]={show(value)})"
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+    if any(is_traced(leaf) for leaf in jax.tree.leaves(value)):
         raise ValueError(
             f"{call}: is traced. Return it from the jitted function, then write it."
         )

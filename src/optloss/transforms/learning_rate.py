@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
+from optloss.mesh import put_like
 from optloss.messages import is_array, refusal, show
 from optloss.rates import (
     check_rate,
@@ -270,10 +270,4 @@ def _has_rate(node: Any) -> bool:
 
 
 def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
-    new = jnp.array(value, old.dtype, copy=True)
-    traced = any(isinstance(leaf, Tracer) for leaf in (new, old))
-    # Placed elsewhere than the old rate, it would cost the step a new compilation.
-    if not traced and getattr(old, "committed", False):
-        placed: jax.Array = jax.device_put(new, old.sharding)
-        return placed
-    return new
+    return put_like(jnp.array(value, old.dtype, copy=True), old)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optloss.mesh import Axes, shard_index, varying_axes
 from optloss.messages import check_number, is_array, refusal
 from optloss.names import leaf_names
-from optloss.norms import Axes, varying_axes
 from optloss.packed import ROW, Packed, PackedTree
 from optloss.sampling import Rows, add_normals, split_key
 from optloss.summaries import NOISE_STD
@@ -185,7 +185,7 @@ def _add_to(updates: Any, add: Callable[..., list[jax.Array]], axes: Axes) -> An
 def _shard_indices(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
     @functools.cache
     def index(over: Axes) -> jax.Array | None:
-        return jax.lax.axis_index(over).astype(jnp.uint32) if over else None
+        return shard_index(over)
 
     return [index(varying_axes(leaf, axes)) for leaf in leaves]
 

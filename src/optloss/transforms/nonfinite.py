@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optloss.mesh import all_devices, cond_on_mesh
 from optloss.messages import refusal
-from optloss.norms import agree, branch, global_norm
+from optloss.norms import global_norm
 from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_TOTAL
 from optloss.trees import (
     inexact_only,
@@ -123,7 +124,7 @@ def is_finite(
     """Tell whether an update with this norm, and ``extra["value"]``, is to be made."""
     finite = jnp.isfinite(norm)
     if extra.get("value") is not None:
-        finite &= agree(jnp.isfinite(extra["value"]), axis_name)
+        finite &= all_devices(jnp.isfinite(extra["value"]), axis_name)
     return finite
 
 
@@ -139,7 +140,7 @@ def skip_unless(
     three times as long as the update.
     """
     shapes, _ = jax.eval_shape(commit)
-    result, inner = branch(finite, commit, lambda: (keep(shapes), state.inner))
+    result, inner = cond_on_mesh(finite, commit, lambda: (keep(shapes), state.inner))
     skipped = jnp.logical_not(finite)
     return result, SkipNonfiniteState(
         total=state.total + skipped,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optloss.placement import place_beside
+from optloss.mesh import shard_state
 
 SPEC = {"w": PartitionSpec("x"), "b": PartitionSpec()}
 
@@ -39,7 +39,7 @@ def spread(leaf):
 
 
 def test_leaves_are_placed_like_what_they_mirror(mesh):
-    placed = place_beside(a_state(), parameters(mesh))
+    placed = shard_state(a_state(), parameters(mesh))
     assert jax.tree.map(spread, placed) == {
         "moments": {"w": (4, (2, 2)), "b": (4, (2,))},
         "factored": {"w": (4, (8,))},
@@ -50,7 +50,7 @@ def test_leaves_are_placed_like_what_they_mirror(mesh):
 
 def test_under_jit_moments_follow_their_parameters(mesh):
     with jax.set_mesh(mesh):
-        place = jax.jit(lambda params: place_beside(a_state(), params))
+        place = jax.jit(lambda params: shard_state(a_state(), params))
         placed = place(parameters(mesh))
     assert spread(placed["moments"]["w"]) == (4, (2, 2))
     assert spread(placed["moments"]["b"]) == (4, (2,))
@@ -59,13 +59,13 @@ def test_under_jit_moments_follow_their_parameters(mesh):
 def test_what_lies_on_the_mesh_already_stays(mesh):
     rows = NamedSharding(mesh, PartitionSpec("x"))
     state = a_state() | {"other": jax.device_put(jnp.zeros((8, 2)), rows)}
-    assert spread(place_beside(state, parameters(mesh))["other"]) == (4, (2, 2))
+    assert spread(shard_state(state, parameters(mesh))["other"]) == (4, (2, 2))
 
 
 def test_on_one_device_nothing_is_moved():
     params = {"w": jnp.ones((8, 2)), "b": jnp.ones(2)}
     state = a_state()
-    placed = place_beside(state, params)
+    placed = shard_state(state, params)
     for one, other in zip(jax.tree.leaves(placed), jax.tree.leaves(state), strict=True):
         assert one is other
 
@@ -73,5 +73,5 @@ def test_on_one_device_nothing_is_moved():
 def test_parameters_on_another_device_take_the_state_with_them():
     device = jax.devices()[3]
     params = jax.device_put({"w": jnp.ones((8, 2)), "b": jnp.ones(2)}, device)
-    for leaf in jax.tree.leaves(place_beside(a_state(), params)):
+    for leaf in jax.tree.leaves(shard_state(a_state(), params)):
         assert leaf.devices() == {device}
