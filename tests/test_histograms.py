@@ -12,7 +12,8 @@ import pytest
 from histogram_oracle import assert_equal, oracle, tensorflow_limits
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optloss.histograms import Histogram, Stacked, bucket_limits, histogram
+from optloss.fast.handover import Stacked
+from optloss.histograms import Histogram, bucket_limits, histogram
 
 LARGEST = np.finfo(np.float32).max
 

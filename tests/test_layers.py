@@ -11,15 +11,19 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
 # From the ground up; a package is one room. "" is the public API, `optloss` itself.
 HOUSE = (
-    ("mesh",),
-    ("normals",),
-    ("messages", "sampling", "trees"),
-    ("decays", "loss", "names", "norms", "optimizers", "rates"),
-    ("histograms", "packed", "summaries"),
+    ("typing",),
+    ("trees",),
+    ("mesh", "messages"),
+    ("loss", "names", "norms"),
+    ("histograms", "optimizers"),
+    ("fast",),
+    ("decays", "summaries"),
+    ("guard",),
     ("transforms",),
     ("stages",),
+    ("arguments",),
     ("chain",),
-    ("describe", "reporting"),
+    ("describe",),
     ("train_op",),
     ("optimize",),
     ("", "integrations"),
@@ -28,7 +32,7 @@ HOUSE = (
 )
 FLOORS = {room: height for height, rooms in enumerate(HOUSE) for room in rooms}
 STRANGERS = {"transforms"}  # one feature a file, none imports another
-PACKAGES = {"integrations", "optimizers", "transforms"}
+PACKAGES = {"fast", "integrations", "optimizers", "transforms"}
 USERS_OF_THE_PUBLIC_API = {"__main__", "demo"}
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optloss.messages import check_int, check_number, listing, nearest, show
+from optloss.messages import check_int, check_number, listing, nearest, short_repr
 
 
 class Point(NamedTuple):
@@ -36,11 +36,17 @@ class Named:
         (np.zeros((), np.int8), "int8[]"),
         (jax.ShapeDtypeStruct((4,), jnp.bfloat16), "bfloat16[4]"),
         (jax.random.key(0), "key<fry>[]"),
-        (show, "show"),
+        (short_repr, "short_repr"),
         (int, "int"),
         (Named(), "Named()"),
-        (functools.partial(show, 3, value=jnp.zeros(2)), "show(3, value=float32[2])"),
-        ({"w": jnp.zeros(2), "f": [show, 1]}, "{'w': float32[2], 'f': [show, 1]}"),
+        (
+            functools.partial(short_repr, 3, value=jnp.zeros(2)),
+            "short_repr(3, value=float32[2])",
+        ),
+        (
+            {"w": jnp.zeros(2), "f": [short_repr, 1]},
+            "{'w': float32[2], 'f': [short_repr, 1]}",
+        ),
         (Point(jnp.zeros(1), {"y": (np.ones(2),)}), "Point(x=float32[1], y={'y': (flo"),
         ([Named(), Ellipsis], "[Named(), Ellipsis]"),
         ("x" * 100, "'" + "x" * 56 + "..."),
@@ -49,20 +55,20 @@ class Named:
     ids=lambda case: case if isinstance(case, str) else "",
 )
 def test_a_value_is_shown_in_few_words(value, text):
-    assert show(value).startswith(text)
-    assert len(show(value)) <= 60
+    assert short_repr(value).startswith(text)
+    assert len(short_repr(value)) <= 60
 
 
 def test_no_number_of_an_array_is_looked_at():
     @jax.jit
     def traced(leaf):
-        assert show({"w": [leaf]}) == "{'w': [float32[3]]}"
+        assert short_repr({"w": [leaf]}) == "{'w': [float32[3]]}"
         return leaf
 
     traced(jnp.zeros(3))
     gone = jnp.zeros(3)
     gone.delete()
-    assert show((gone,)) == "(float32[3],)"
+    assert short_repr((gone,)) == "(float32[3],)"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import optloss
-from optloss.names import assign, leaf_names, matcher, select
+from optloss.names import first_match, leaf_names, matcher, select
 
 VALUES = {
     "body/kernel": jnp.array([[1.0, -2.0], [0.5, 3.0], [-1.5, 0.25]]),
@@ -381,7 +381,7 @@ def test_a_glob_matches_as_its_definition_says(globs, path):
 
 
 def test_the_first_match_wins():
-    assigned = assign("call", ["body/w", "body/**", "**/w"], NAMES)
+    assigned = first_match("call", ["body/w", "body/**", "**/w"], NAMES)
     assert dict(zip(NAMES, assigned, strict=True)) == {
         "w": 2,
         "body/w": 0,
@@ -460,12 +460,12 @@ MANY = [f"block_{i}/kernel" for i in range(12)]
 )
 def test_a_pattern_that_does_not_bite_is_an_error(patterns, names, message):
     with pytest.raises(ValueError, match=r"^call: ") as refused:
-        assign("call", patterns, names)
+        first_match("call", patterns, names)
     assert str(refused.value) == message
 
 
 def test_a_name_that_really_ends_so_is_found():
-    assert assign("call", ["w:0"], ["w:0", "w"]) == [0, None]
+    assert first_match("call", ["w:0"], ["w:0", "w"]) == [0, None]
 
 
 def test_a_multiplier_of_a_frozen_parameter_is_no_error():
@@ -502,7 +502,7 @@ def test_two_thousand_leaves_and_fifty_rules_take_no_time():
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), jnp.float32), params)
     start = time.process_time()
     names = leaf_names(shapes)
-    assigned = assign("call", tuple(rules), names)
+    assigned = first_match("call", tuple(rules), names)
     selected = select("call", list(rules), shapes)
     assert time.process_time() - start < 0.5
     assert len(names) == len(set(assigned)) * 40 == 2000

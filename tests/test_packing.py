@@ -10,8 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optloss
-from optloss.packed import PackedTree
-from optloss.transforms.packing import is_elementwise
+from optloss.fast.packing import PackedTree, is_elementwise
 
 SIZE = 200
 

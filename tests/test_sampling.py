@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import special, stats
 
-from optloss import normals
-from optloss.sampling import SMALL, Rows, add_normals, split_key
+from optloss.fast import normals
+from optloss.fast.draws import SMALL, add_normals, split_key
 
 MANY = 1_000_000
 TRUNCATED_STD = 0.8796256610342398
@@ -222,15 +222,15 @@ def correlations(draws):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_leaves_steps_keys_and_salts_are_independent(impl):
+def test_leaves_steps_keys_and_shards_are_independent(impl):
     shape, key = (300, 400), jax.random.key(7, impl=impl)
     like = jnp.zeros(shape)
     draws = [*draw(["a", "b", "a/b"], [like] * 3, key=key)]
     draws += draw(["a"], [like], key=key, step=1)
     draws += draw(["a"], [like], key=jax.random.key(8, impl=impl))
-    salts = [jnp.uint32(0), jnp.uint32(1)]
-    draws += draw(["a", "b"], [like] * 2, key=key, salts=salts)
-    draws += draw(["a", "b"], [like] * 2, key=key, salts=salts[::-1])
+    shards = [jnp.uint32(0), jnp.uint32(1)]
+    draws += draw(["a", "b"], [like] * 2, key=key, shard_ids=shards)
+    draws += draw(["a", "b"], [like] * 2, key=key, shard_ids=shards[::-1])
     assert correlations(draws) < 5 / np.sqrt(like.size)
     for i, z in enumerate(draws):
         assert all(np.mean(z == other) < 1e-3 for other in draws[:i])
@@ -293,20 +293,27 @@ def test_one_element_is_rounded_like_many(quantile):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
-def test_a_matrix_of_leaves_is_drawn_as_the_leaves_are(impl, dtype):
-    key, width = jax.random.key(4, impl=impl), 128
-    sizes = (300, 128, 1, 513)
-    names = ("a", "b", "c", "d")
-    leaves = draw(names, [jnp.zeros(size, dtype) for size in sizes], key=key)
-    rows = Rows(names, sizes)
-    matrix = jnp.zeros((sum(rows.counts(width)), width), dtype)
-    (drawn,) = draw([rows], [matrix], key=key)
-    start = 0
-    for leaf, count in zip(leaves, rows.counts(width), strict=True):
-        own = np.ravel(drawn[start : start + count])
-        np.testing.assert_array_equal(own[: leaf.size], leaf)
-        assert not own[leaf.size :].any()
-        start += count
+def test_leaves_drawn_together_are_drawn_as_each_alone(impl, dtype):
+    key = jax.random.key(4, impl=impl)
+    sizes, names = (300, 256, 1, 513), ("a", "b", "c", "d")
+    together = draw(names, [jnp.zeros(size, dtype) for size in sizes], key=key)
+    for name, size, leaf in zip(names, sizes, together, strict=True):
+        (alone,) = draw([name], [jnp.zeros(size, dtype)], key=key)
+        np.testing.assert_array_equal(leaf, alone)
+
+
+def test_what_an_accelerator_is_given_draws_the_same(monkeypatch):
+    likes = [jnp.ones(300), jnp.ones((40, 50), jnp.bfloat16), jnp.ones(SMALL + 5)]
+    words, impl = split_key(1)
+    arguments = (likes, 0.5, words, impl, jnp.int32(3), ["a", "b", "c"])
+    on_a_cpu = add_normals(*arguments)
+    for_others = jax.lax.platform_dependent
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *, cpu, default: for_others(cpu=default)
+    )
+    elsewhere = jax.jit(lambda: add_normals(*arguments))()
+    for one, other in zip(on_a_cpu, elsewhere, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_traced_step_and_std_change_nothing():
@@ -428,7 +435,7 @@ def test_each_device_draws_its_own_shard(axes, kind):
     ("impl", "check_vma"),  # philox4x32 fails in JAX itself
     [("threefry2x32", False), *((impl, True) for impl in IMPLEMENTATIONS[:3])],
 )
-def test_shards_of_a_shard_map_differ_by_their_salt(impl, check_vma):
+def test_shards_of_a_shard_map_differ_by_their_shard(impl, check_vma):
     words, impl = split_key(jax.random.key(0, impl=impl))
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 
@@ -440,11 +447,11 @@ def test_shards_of_a_shard_map_differ_by_their_salt(impl, check_vma):
         check_vma=check_vma,
     )
     def noisy(small, large, whole):
-        salt = jax.lax.axis_index("x").astype(jnp.uint32)
-        leaves, salts = [small, large, whole, small], [salt, salt, None, salt]
+        shard = jax.lax.axis_index("x").astype(jnp.uint32)
+        leaves, shards = [small, large, whole, small], [shard, shard, None, shard]
         names = ["a", "b", "c", "d"]
         a, b, c, _ = add_normals(
-            leaves, 1.0, words, impl, jnp.int32(0), names, salts=salts
+            leaves, 1.0, words, impl, jnp.int32(0), names, shard_ids=shards
         )
         return a, b, c
 

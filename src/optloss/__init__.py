@@ -10,6 +10,8 @@ from optloss.decays import natural_exp_decay as natural_exp_decay
 from optloss.decays import noisy_linear_cosine_decay as noisy_linear_cosine_decay
 from optloss.decays import piecewise_constant as piecewise_constant
 from optloss.decays import polynomial_decay as polynomial_decay
+from optloss.fast.packing import pack_state as pack_state
+from optloss.fast.packing import unpack_state as unpack_state
 from optloss.histograms import Histogram as Histogram
 from optloss.histograms import histogram as histogram
 from optloss.norms import global_norm as global_norm
@@ -37,5 +39,3 @@ from optloss.transforms.multipliers import layerwise_decay as layerwise_decay
 from optloss.transforms.multipliers import multiply_gradients as multiply_gradients
 from optloss.transforms.noise import add_gradient_noise as add_gradient_noise
 from optloss.transforms.nonfinite import skip_nonfinite as skip_nonfinite
-from optloss.transforms.packing import pack_state as pack_state
-from optloss.transforms.packing import unpack_state as unpack_state

@@ -3,228 +3,196 @@
     gradient -> + noise -> x multipliers -> (norm measured) -> clip -> optimizer -> x
     multipliers
 
-It falls into two halves. The first shapes the gradient and measures it; whether an
-update is made at all is judged in the middle; the second turns the gradient into an
-update. The training op runs the halves itself, :func:`make_optimizer` makes one
-transform of them.
+It falls into two halves. The first shapes the gradient, whose norm is measured then;
+the second makes an update of it. Between them stands the guard, which looks at the norm
+and the loss, and has the second half done or everything left as it was. The training op
+runs the halves itself, since what it guards is more than the chain.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_bool, is_number, show
-from optloss.names import assign, leaf_names, select
+from optloss.arguments import Given, as_arrays, stages_of
+from optloss.fast.packing import pack_small_leaves
+from optloss.guard import count_skipped, is_finite, start_skipping, update_if
+from optloss.mesh import AxisName
+from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
-from optloss.packed import Packed, layout_of, pack, unpack
 from optloss.stages import (
-    NOTHING,
-    AxisName,
-    Stage,
-    check_axis_name,
-    check_learning_rate,
-    check_pack_size,
-    check_variables,
-    clip_stage,
-    multiplier_stage,
-    noise_stage,
-    optimizer_stage,
+    Extra,
+    Stages,
+    in_turn,
+    looks_at_leaves,
+    offers_norms,
+    run,
+    run_clip,
 )
-from optloss.transforms.adaptive_clipping import AdaptiveClippingState
-from optloss.transforms.clipping import ClipState
-from optloss.transforms.nonfinite import is_finite, skip_unless, start_skipping
-from optloss.transforms.packing import pack_small_leaves
-from optloss.trees import freeze, keep_dtypes, negative_zeros, scale_leaves, thaw
+from optloss.summaries import Measured
+from optloss.trees import keep_dtypes, merge_leaves, negative_zeros, select_leaves
+from optloss.typing import PyTree
+
+Transform = optax.GradientTransformationExtraArgs
+T = TypeVar("T")
 
 
 class ChainState(NamedTuple):
     """The states of the stages, in their order."""
 
-    noise: Any
-    clip: Any
-    optimizer: Any
-
-
-class Shaped(NamedTuple):
-    """A gradient on its way, half through the chain."""
-
-    measured: Any  # a tree, or Packed
-    factor: Any  # float [], of a clip of ours that is still to be multiplied by
-    like: Any  # the tree the gradients came as
-    state: ChainState
-    norm: Any  # float [], before the clip; None where it was not measured
-    clipped_norm: Any  # float [], behind it; None without a clip
-
-    def gradients(self) -> Any:
-        """Return the clipped gradients.
-
-        They are multiplied where they are used: made before a branch that takes them,
-        they would be written to memory once more.
-        """
-        if self.factor is None:
-            return self.measured
-        return scale_leaves(self.measured, self.factor)
+    noise: PyTree
+    clip: PyTree
+    optimizer: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """The stages of a training step and the selection of parameters they work on.
 
-    Trees that its two halves are given hold ``optax.MaskedNode()`` in place of what is
+    Trees that the two halves are given hold ``optax.MaskedNode()`` in place of what is
     not trained.
     """
 
     call: str
-    noise: Stage
-    multipliers: Stage
-    clip: Stage
-    optimizer: Stage
-    rate_multipliers: Stage
+    stages: Stages
     variables: Any
     skip_nonfinite: bool
     pack_size: int
     axis_name: AxisName
 
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages that do something, in order."""
-        every = (
-            self.noise,
-            self.multipliers,
-            self.clip,
-            self.optimizer,
-            self.rate_multipliers,
+    @classmethod
+    def of(cls, call: str, given: Given) -> "Chain":
+        """Return the chain that these arguments of ``call`` ask for."""
+        return cls(
+            call=call,
+            stages=stages_of(call, given),
+            variables=given["variables"],
+            skip_nonfinite=given["skip_nonfinite"],
+            pack_size=int(given["pack_small_leaves"]),
+            axis_name=given["axis_name"],
         )
-        return [stage for stage in every if stage is not NOTHING]
 
-    def selected(self, params: Any) -> list[bool]:
+    def transform(self) -> Transform:
+        """Return both halves and what stands between them as one transform."""
+        return Transform(self.init, self._update)
+
+    def selected(self, params: PyTree) -> list[bool]:
         """Return, for each leaf of ``params``, whether it is trained."""
         return select(self.call, self.variables, params)
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: PyTree) -> PyTree:
         """Return the state for ``params``, with all names and patterns checked."""
         params = as_arrays(self.call, params)
-        names = leaf_names(params)
-        for stage in (self.multipliers, self.rate_multipliers):
-            assign(f"{self.call}, {stage.argument}", tuple(stage.rules), names)
-        trained = freeze(params, self.selected(params))
-        state = ChainState(
-            noise=self.noise.transform.init(trained),
-            clip=self.clip.transform.init(trained),
-            optimizer=self._optimizer().init(trained),
-        )
+        for stage in (self.stages.multipliers, self.stages.rate_multipliers):
+            where = f"{self.call}, {stage.scope}"
+            first_match(where, tuple(stage.rules), leaf_names(params))
+        trained = select_leaves(params, self.selected(params))
+        noise = self.stages.noise.transform.init(trained)
+        state = ChainState(noise, *self._clip_and_optimizer.init(trained))
         return start_skipping(state) if self.skip_nonfinite else state
 
-    def shape(
-        self, gradients: Any, state: ChainState, params: Any, extra: Any, measure: bool
-    ) -> Shaped:
-        """Add noise, multiply, measure and clip: the first half.
-
-        Without a clip of ours the norms cost a reduction, which ``measure`` asks for.
-        """
-        like = gradients
-        if self.pack_size and self.noise.packs and self.clip.packs:
-            layout = layout_of(gradients if params is None else params, self.pack_size)
-            gradients = pack(gradients, layout)
-        with jax.named_scope("noise"):
-            noisy, noise = self.noise.transform.update(
-                gradients, state.noise, params, **extra
-            )
-        with jax.named_scope("multipliers"):
-            measured, _ = self.multipliers.transform.update(noisy, optax.EmptyState())
-        with jax.named_scope("clip"):
-            clipped, clip = self.clip.transform.update(
-                measured, state.clip, params, **extra
-            )
-        states = ChainState(noise, clip, state.optimizer)
-        if isinstance(clip, (ClipState, AdaptiveClippingState)):
-            norms: tuple[Any, Any] = clip.norm, clip.norm * clip.factor
-            return Shaped(measured, clip.factor, like, states, *norms)
-        clips = measure and self.clip is not NOTHING
-        norms = (
-            self._norm(measured) if measure else None,
-            self._norm(clipped) if clips else None,
-        )
-        return Shaped(clipped, None, like, states, *norms)
-
-    def _norm(self, tree: Any) -> jax.Array:
-        return global_norm(tree, axis_name=self.axis_name)
-
-    def _optimizer(self) -> optax.GradientTransformationExtraArgs:
-        transform = self.optimizer.transform
-        return (
-            pack_small_leaves(transform, self.pack_size)
-            if self.pack_size
-            else transform
-        )
-
-    def optimize(self, shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
-        """Turn the shaped gradient into an update: the second half."""
-        before = shaped.state.optimizer
-        with jax.named_scope("clip"):
-            gradients = shaped.gradients()
-        with jax.named_scope("optimizer"):
-            updates, after = self._optimizer().update(
-                gradients, before, params, **extra
-            )
-            if isinstance(updates, Packed):
-                updates = unpack(updates.tree, shaped.like, updates.layout)
-        with jax.named_scope("learning_rate_multipliers"):
-            updates, _ = self.rate_multipliers.transform.update(
-                updates, optax.EmptyState()
-            )
-        state = shaped.state._replace(optimizer=keep_dtypes(after, before))
-        return updates, state
-
-    def move(self, shaped: Shaped, params: Any, extra: Any) -> tuple[Any, Any]:
-        """Turn the shaped gradient into new parameters: the second half, applied."""
-        updates, state = self.optimize(shaped, params, extra)
-        return optax.apply_updates(params, updates), state
-
-    def transform(self) -> optax.GradientTransformationExtraArgs:
-        """Return both halves as one transform."""
-        return optax.GradientTransformationExtraArgs(self.init, self._update)
-
     def _update(
-        self, updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
+        self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
         selected = self.selected(updates)
-        gradients = freeze(updates, selected)
-        trained = None if params is None else freeze(params, selected)
-        steps, state = self._update_trained(gradients, state, trained, extra)
-        return thaw(steps, negative_zeros(updates, updates), selected), state
+        gradients = select_leaves(updates, selected)
+        trained = None if params is None else select_leaves(params, selected)
+        shaped, after_noise = self.before(gradients, state, trained, extra)
+        norm = self.norm(shaped)
 
-    def _update_trained(
-        self, gradients: Any, state: Any, params: Any, extra: Any
-    ) -> tuple[Any, Any]:
-        before = state.inner if self.skip_nonfinite else state
-        shaped = self.shape(gradients, before, params, extra, self.skip_nonfinite)
+        def update() -> tuple[PyTree, ChainState]:
+            return self.after(shaped, after_noise, trained, extra, norm)
+
+        def nothing() -> PyTree:
+            return negative_zeros(jax.eval_shape(update)[0], gradients)
+
+        steps, state = self.guard(state, norm, extra.get("value"), update, nothing)
+        return merge_leaves(steps, negative_zeros(updates, updates), selected), state
+
+    def before(
+        self, gradients: PyTree, state: PyTree, params: PyTree, extra: Extra
+    ) -> tuple[PyTree, ChainState]:
+        """Add noise and multiply: the first half."""
+        inner: ChainState = state.inner if self.skip_nonfinite else state
+        noise, multipliers = self.stages.noise, self.stages.multipliers
+        noisy, after = run(noise, gradients, inner.noise, params, extra)
+        shaped, _ = run(multipliers, noisy, optax.EmptyState(), params, extra)
+        return shaped, inner._replace(noise=after)
+
+    def norm(self, shaped: PyTree) -> jax.Array | None:
+        """Return the norm that the guard looks at, ``None`` where there is none."""
         if not self.skip_nonfinite:
-            return self.optimize(shaped, params, extra)
-        return skip_unless(
-            is_finite(shaped.norm, extra, self.axis_name),
-            state,
-            lambda: self.optimize(shaped, params, extra),
-            lambda shapes: negative_zeros(shapes, gradients),
+            return None
+        return global_norm(shaped, axis_name=self.axis_name)
+
+    def guard(
+        self,
+        state: PyTree,
+        norm: jax.Array | None,
+        loss: jax.Array | None,
+        update: Callable[[], tuple[T, ChainState]],
+        nothing: Callable[[], T],
+    ) -> tuple[T, PyTree]:
+        """Return ``update()``, or ``nothing()`` and the old state, bit for bit."""
+        if norm is None:
+            return update()
+        good = is_finite(norm, loss, self.axis_name)
+        made, inner = update_if(good, update, (nothing(), state.inner))
+        return made, count_skipped(state, good)._replace(inner=inner)
+
+    def after(
+        self,
+        shaped: PyTree,
+        state: ChainState,
+        params: PyTree,
+        extra: Extra,
+        norm: jax.Array | None,
+    ) -> tuple[PyTree, ChainState]:
+        """Clip, optimize and multiply: the second half."""
+        updates, (clip, optimizer) = self._clip_and_optimizer.update(
+            shaped, (state.clip, state.optimizer), params, gradient_norm=norm, **extra
         )
+        multipliers = self.stages.rate_multipliers
+        updates, _ = run(multipliers, updates, optax.EmptyState(), params, extra)
+        optimizer = keep_dtypes(optimizer, state.optimizer)
+        return updates, state._replace(clip=clip, optimizer=optimizer)
 
+    def measured(
+        self,
+        shaped: PyTree,
+        state: ChainState,
+        params: PyTree,
+        extra: Extra,
+        norm: jax.Array | None,
+    ) -> Measured:
+        """Return what is to be known of the gradient, before and after the clip.
 
-def as_arrays(call: str, params: Any) -> Any:
-    """Return ``params`` with numbers as arrays; refuse leaves that are neither."""
-    leaves, structure = jax.tree.flatten(params)
-    for i, (name, leaf) in enumerate(zip(leaf_names(params), leaves, strict=True)):
-        if is_number(leaf):
-            leaves[i] = jnp.asarray(leaf)
-        elif not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
-            raise ValueError(
-                f"{call}: the parameter {name!r} is no array but {show(leaf)}. Keep "
-                "such leaves outside, for example with params, static = eqx.partition("
-                "model, eqx.is_inexact_array), and combine them inside the loss."
-            )
-    return jax.tree.unflatten(structure, leaves)
+        XLA merges this clip with the one of :meth:`after`.
+        """
+        clip = self.stages.clip
+        clipped, seen = run_clip(clip, shaped, state.clip, params, extra, norm)
+        if not offers_norms(seen):
+            return Measured(shaped, clipped, norm, None, uniform=False)
+        uniform = getattr(seen, "uniform", False)
+        return Measured(shaped, clipped, seen.norm, seen.factor, uniform)
+
+    def rate(self, state: PyTree) -> jax.Array | None:
+        """Return the learning rate of the latest update, where it is known."""
+        inner: ChainState = state.inner if self.skip_nonfinite else state
+        return getattr(inner.optimizer, "rate", None)
+
+    @functools.cached_property
+    def _clip_and_optimizer(self) -> Transform:
+        clip, optimizer = self.stages.clip, self.stages.optimizer
+        if not self.pack_size:
+            return in_turn(clip, optimizer)
+        if looks_at_leaves(clip):
+            packed = pack_small_leaves(optimizer.transform, self.pack_size)
+            return in_turn(clip, optimizer._replace(transform=packed))
+        return pack_small_leaves(in_turn(clip, optimizer), self.pack_size)
 
 
 def make_optimizer(
@@ -290,23 +258,5 @@ def make_optimizer(
     See also:
         :func:`optimize_loss`, :func:`set_learning_rate`, :func:`get_summaries`.
     """
-    call = "make_optimizer"
-    check_learning_rate(call, learning_rate, optimizer, learning_rate_decay_fn)
-    return Chain(
-        call=call,
-        optimizer=optimizer_stage(
-            call, learning_rate, optimizer, learning_rate_decay_fn
-        ),
-        clip=clip_stage(call, clip_gradients, axis_name),
-        noise=noise_stage(call, gradient_noise_scale, seed, axis_name),
-        multipliers=multiplier_stage(
-            call, "gradient_multipliers", gradient_multipliers
-        ),
-        rate_multipliers=multiplier_stage(
-            call, "learning_rate_multipliers", learning_rate_multipliers
-        ),
-        variables=check_variables(call, variables),
-        skip_nonfinite=check_bool(call, "skip_nonfinite", skip_nonfinite),
-        pack_size=check_pack_size(call, pack_small_leaves, learning_rate, optimizer),
-        axis_name=check_axis_name(call, axis_name),
-    ).transform()
+    given = locals()
+    return Chain.of("make_optimizer", given).transform()

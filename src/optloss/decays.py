@@ -20,15 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optloss.fast.draws import split_key
 from optloss.messages import (
+    argument_error,
     check_bool,
     check_number,
     is_array,
     is_number,
-    refusal,
-    show,
+    short_repr,
 )
-from optloss.sampling import split_key
 
 MOST_TABULATED_CYCLES = 4096
 LARGEST_STEP = np.iinfo(np.int32).max
@@ -420,7 +420,7 @@ def piecewise_constant(
         problem = (
             f"{len(rates)} for {len(limits)} boundaries. Give one more than those."
         )
-        raise refusal(call, "values", values, problem)
+        raise argument_error(call, "values", values, problem)
     for rate in rates:
         check_number(
             call, "values", rate, lambda _: True, "real numbers or 0-d arrays."
@@ -567,7 +567,9 @@ def _as_rate(call: str, learning_rate: Any) -> jax.Array:
 
 def _as_step(call: str, step: Any) -> jax.Array:
     if not (is_number(step) or is_array(step)):
-        raise refusal(call, "step", step, "must be an integer. Pass the global step.")
+        raise argument_error(
+            call, "step", step, "must be an integer. Pass the global step."
+        )
     if is_number(step) and step > LARGEST_STEP:
         step = float(step)
     step = jnp.asarray(step)
@@ -578,7 +580,7 @@ def _as_step(call: str, step: Any) -> jax.Array:
 def _as_list(call: str, argument: str, value: Any) -> list[Any]:
     if isinstance(value, Sequence) or (is_array(value) and value.ndim == 1):
         return list(value)
-    raise refusal(call, argument, value, "must be a list.")
+    raise argument_error(call, argument, value, "must be a list.")
 
 
 def _check_finite(call: str, **arguments: Any) -> None:
@@ -608,9 +610,11 @@ def _check_boundaries(
         check_number(call, "boundaries", limit, lambda _: True, wanted)
         of_integers = jnp.issubdtype(jnp.result_type(limit), jnp.integer)
         if jnp.issubdtype(dtype, jnp.integer) and not of_integers:
-            problem = f"{show(limit)} is no integer, as the step is. Count in steps."
-            raise refusal(call, "boundaries", boundaries, problem)
+            problem = (
+                f"{short_repr(limit)} is no integer, as the step is. Count in steps."
+            )
+            raise argument_error(call, "boundaries", boundaries, problem)
     numbers = [limit for limit in limits if is_number(limit)]
     if any(late <= early for early, late in itertools.pairwise(numbers)):
         problem = "must increase. Sort them, and leave out what is there twice."
-        raise refusal(call, "boundaries", boundaries, problem)
+        raise argument_error(call, "boundaries", boundaries, problem)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optloss.chain import Chain, as_arrays
-from optloss.messages import is_number, show
-from optloss.names import assign, leaf_names
-from optloss.stages import Stage
+from optloss.arguments import as_arrays
+from optloss.chain import Chain
+from optloss.messages import is_number, short_repr
+from optloss.names import first_match, leaf_names
+from optloss.stages import NOTHING, Stage
 
 WIDTH = 100
 WIDEST_CELL = 20
@@ -32,7 +33,10 @@ class Row(NamedTuple):
 def one_line(chain: Chain, name: str, counts: bool = True) -> str:
     """Return the pipeline in order; ``counts`` tells that a step is counted."""
     last = ["step + 1"] if counts else []
-    stages = " -> ".join(["gradient", *(stage.text for stage in chain.stages), *last])
+    texts = [
+        stage.text for stage in chain.stages if stage is not NOTHING and stage.text
+    ]
+    stages = " -> ".join(["gradient", *texts, *last])
     skip = " (skipped if not finite)" if chain.skip_nonfinite else ""
     return f"{name}: {stages}{skip}" if name else f"{stages}{skip}"
 
@@ -47,8 +51,8 @@ def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
         names,
         leaves,
         selected,
-        _multipliers(chain.multipliers, names),
-        _multipliers(chain.rate_multipliers, names),
+        _multipliers(chain.stages.multipliers, names),
+        _multipliers(chain.stages.rate_multipliers, names),
         strict=True,
     )
     rows = fold([_row(*column) for column in columns])
@@ -64,8 +68,8 @@ def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
 
 
 def _multipliers(stage: Stage, names: list[str]) -> list[str]:
-    values = [f"{v:g}" if is_number(v) else show(v) for v in stage.rules.values()]
-    rules = assign(stage.argument, tuple(stage.rules), names, check=False)
+    values = [f"{v:g}" if is_number(v) else short_repr(v) for v in stage.rules.values()]
+    rules = first_match(stage.scope, tuple(stage.rules), names, check=False)
     return ["" if rule is None else values[rule] for rule in rules]
 
 

@@ -7,17 +7,18 @@ its logarithm.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optloss.mesh import reduce_over_mesh, vary_over, varying, varying_axes
+from optloss.mesh import Axes, AxisName, axes_of, reduce_over_mesh, varying_axes
 from optloss.trees import inexact_leaves, norm_dtype
+from optloss.typing import PyTree
 
-Axes = tuple[str, ...]
+DType: TypeAlias = np.dtype[Any]
 
 # A sixteenth of an octave is narrower than a bucket: it holds at most one limit.
 CELL_BITS = 4
@@ -33,11 +34,6 @@ class Histogram:
     infinities are only counted, in ``nonfinite``. Without a finite value, ``num`` is 0,
     and ``min`` and ``max`` are the largest and the smallest float.
 
-    All numbers lie in one array, whose parts the attributes are: a step that returns
-    hundreds of histograms would otherwise spend its time on handing over thousands of
-    scalars. As a tree a histogram therefore has one leaf (and its limits, where they
-    are not TensorBoard's).
-
     Args:
         min: float ``[]``.
         max: float ``[]``, like the sums of the dtype of ``min``.
@@ -48,6 +44,11 @@ class Histogram:
         bucket_limits: float ``[buckets]``, increasing; ``None`` for TensorBoard's.
         bucket_counts: int32 ``[buckets]``.
 
+    Note:
+        Each part may have leading dimensions, the same for all: those of a ``scan`` or
+        ``vmap``. TensorBoard's limits are no leaves of the tree, since they never
+        change.
+
     Example:
         >>> import jax.numpy as jnp
         >>> found = histogram(jnp.array([0.5, 2.0]))
@@ -55,7 +56,7 @@ class Histogram:
         2 2.5 2
     """
 
-    __slots__ = ("_limits", "_row", "_rows")
+    __slots__ = ("_parts",)
 
     def __init__(
         self,
@@ -68,83 +69,67 @@ class Histogram:
         bucket_limits: Any,
         bucket_counts: Any,
     ) -> None:
-        """Pack the parts; each may have leading dimensions, the same for all."""
-        dtype = jnp.promote_types(jnp.asarray(min).dtype, jnp.float32)
-        word = np.dtype(f"i{dtype.itemsize}")
-        floats = [jnp.asarray(x, dtype) for x in (min, max, sum, sum_squares)]
-        bits = jax.lax.bitcast_convert_type(jnp.stack(floats, axis=-1), word)
-        integers = jnp.stack([jnp.asarray(x, word) for x in (num, nonfinite)], axis=-1)
-        counts = jnp.asarray(bucket_counts, word)
-        self._rows: Any = jnp.concatenate([bits, integers, counts], axis=-1)
-        self._row: int | None = None
-        self._limits: Any = bucket_limits
+        """Keep the parts."""
+        self._parts: Sequence[Any] = (
+            min, max, num, sum, sum_squares, nonfinite, bucket_limits, bucket_counts
+        )  # fmt: skip
 
-    @property
-    def packed(self) -> Any:
-        """All parts, in one array of integers."""
-        if self._row is not None:
-            self._rows, self._row = self._rows[self._row], None
-        return self._rows
+    @classmethod
+    def of_parts(cls, parts: Sequence[Any]) -> "Histogram":
+        """Return the histogram whose parts are read from ``parts`` when looked at."""
+        made = cls.__new__(cls)
+        made._parts = parts
+        return made
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The leading dimensions: ``()``, or those of a ``scan`` or ``vmap``."""
-        shape: tuple[int, ...] = self.packed.shape[:-1]
-        return shape
+        return tuple(np.shape(self.min))
 
     @property
     def min(self) -> Any:
         """The smallest finite value."""
-        return self._float(0)
+        return self._parts[0]
 
     @property
     def max(self) -> Any:
         """The largest finite value."""
-        return self._float(1)
+        return self._parts[1]
 
     @property
     def num(self) -> Any:
         """How many values are finite."""
-        return self._integers(4)
+        return self._parts[2]
 
     @property
     def sum(self) -> Any:
         """Their sum."""
-        return self._float(2)
+        return self._parts[3]
 
     @property
     def sum_squares(self) -> Any:
         """The sum of their squares."""
-        return self._float(3)
+        return self._parts[4]
 
     @property
     def nonfinite(self) -> Any:
         """How many values are NaN or infinite."""
-        return self._integers(5)
+        return self._parts[5]
 
     @property
     def bucket_limits(self) -> Any:
         """Where the buckets end."""
-        if self._limits is not None:
-            return self._limits
-        limits = bucket_limits(_float_like(self.packed.dtype))
-        limits = np.broadcast_to(limits, (*self.packed.shape[:-1], len(limits)))
-        return limits if _on_the_host(self.packed) else jnp.asarray(limits)
+        if self._parts[6] is not None:
+            return self._parts[6]
+        smallest = self.min
+        limits = bucket_limits(smallest.dtype)
+        limits = np.broadcast_to(limits, (*np.shape(smallest), len(limits)))
+        return jnp.asarray(limits) if isinstance(smallest, jax.Array) else limits
 
     @property
     def bucket_counts(self) -> Any:
         """How many values lie in each bucket."""
-        return self._integers(slice(6, None))
-
-    def _float(self, place: int) -> Any:
-        part = self.packed[..., place]
-        dtype = _float_like(part.dtype)
-        if _on_the_host(part):
-            return part.view(dtype)
-        return jax.lax.bitcast_convert_type(part, dtype)
-
-    def _integers(self, place: int | slice) -> Any:
-        return self.packed[..., place].astype(np.int32)
+        return self._parts[7]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the eight parts, in the order of the arguments."""
@@ -153,86 +138,17 @@ class Histogram:
 
     def __repr__(self) -> str:
         """Return the dtype of the values and the leading dimensions."""
-        return f"Histogram({_float_like(self.packed.dtype)}{list(self.shape)})"
+        return f"Histogram({np.result_type(self.min)}{list(self.shape)})"
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         """Return what JAX handles in the histogram's place."""
-        return (self.packed, self._limits), None
+        return tuple(self._parts), None
 
     @classmethod
-    def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> "Histogram":
+    def tree_unflatten(cls, aux: None, children: Sequence[Any]) -> "Histogram":
         """Return the histogram that was flattened to ``children``."""
         del aux
-        made = cls.__new__(cls)
-        made._row = None
-        made._rows, made._limits = children
-        return made
-
-
-def _float_like(word: np.dtype[Any]) -> Any:
-    return np.dtype(f"f{word.itemsize}")
-
-
-def _on_the_host(part: Any) -> bool:
-    return isinstance(part, (np.ndarray, np.generic))
-
-
-@jax.tree_util.register_pytree_node_class
-class Stacked:
-    """A dict whose histograms lie in one array, or one for each kind of them.
-
-    Every array that a compiled step returns costs the host some microseconds, and one
-    that a branch in it returns costs as much again.
-    """
-
-    def __init__(self, summaries: dict[str, Any]) -> None:
-        """Stack the histograms of ``summaries``, which have TensorBoard's limits."""
-        kinds: dict[Any, dict[str, Any]] = {}
-        self.others: dict[str, Any] = {}
-        for tag, value in summaries.items():
-            if isinstance(value, Histogram):
-                kind = value.packed.dtype, varying(value.packed)
-                kinds.setdefault(kind, {})[tag] = value.packed
-            else:
-                self.others[tag] = value
-        self.tags: tuple[str, ...] = tuple(sorted(summaries))  # as JAX has dicts
-        self.rows: tuple[tuple[str, ...], ...] = tuple(map(tuple, kinds.values()))
-        self.stacks: list[Any] = [
-            jnp.stack([*kind.values()]) for kind in kinds.values()
-        ]
-
-    def summaries(self) -> dict[str, Any]:
-        """Return the dict; a histogram is taken from its stack when it is looked at."""
-        found = dict(self.others)
-        for tags, stack in zip(self.rows, self.stacks, strict=True):
-            for row, tag in enumerate(tags):
-                found[tag] = Histogram.tree_unflatten(None, (stack, None))
-                found[tag]._row = row
-        return {tag: found[tag] for tag in self.tags}
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        """Return what JAX handles in its place."""
-        return (self.others, self.stacks), (self.tags, self.rows)
-
-    @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> "Stacked":
-        """Return what was flattened to ``children``."""
-        made = cls.__new__(cls)
-        made.others, made.stacks = children
-        made.tags, made.rows = aux
-        return made
-
-
-def empty_like(shapes: Stacked) -> Stacked:
-    """Return histograms of nothing, in the shapes and types of ``shapes``."""
-
-    def empty(stack: jax.ShapeDtypeStruct) -> jax.Array:
-        packed = _nothing(_float_like(stack.dtype)).histogram().packed
-        rows = jnp.broadcast_to(packed, stack.shape)
-        return vary_over(rows, varying(stack))
-
-    made: Stacked = jax.tree.map(empty, shapes)
-    return made
+        return cls.of_parts(children)
 
 
 class _Tally(NamedTuple):
@@ -250,7 +166,7 @@ class _Tally(NamedTuple):
         return Histogram(*self[:-1], None, self.counts)
 
 
-def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
+def histogram(tree: PyTree, *, axis_name: AxisName = None) -> Histogram:
     r"""Return the histogram of all floating and complex values of ``tree`` together.
 
     It is computed on the device, traced or not, in time proportional to the number of
@@ -281,7 +197,7 @@ def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
     See also:
         :class:`~optloss.integrations.tensorboard.SummaryWriter`, which shows it.
     """
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    axes = axes_of(axis_name)
     dtype = np.dtype(norm_dtype(tree))
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     parts = [_over_the_mesh(leaf, axes, dtype) for leaf in leaves]
@@ -289,7 +205,7 @@ def histogram(tree: Any, *, axis_name: str | Axes | None = None) -> Histogram:
     return tally.histogram()
 
 
-def _nothing(dtype: np.dtype[Any]) -> _Tally:
+def _nothing(dtype: DType) -> _Tally:
     largest = float(jnp.finfo(dtype).max)
     nothing, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
     return _Tally(
@@ -328,13 +244,13 @@ class _Table(NamedTuple):
 
 
 @functools.cache
-def _table(dtype: np.dtype[Any]) -> _Table:
+def _table(dtype: DType) -> _Table:
     integer = np.dtype(f"i{dtype.itemsize}")
     shift = jnp.finfo(dtype).nmant - CELL_BITS
     limits = _positive_limits().astype(dtype).view(integer)
     cells = np.arange(limits[0] >> shift, (limits[-1] >> shift) + 1)
     below = np.searchsorted(limits, cells << shift).astype(np.int32)
-    edges = np.append(limits, np.iinfo(integer).max)
+    edges = np.append(limits, np.array(np.iinfo(integer).max, integer))
     return _Table(edges, below, int(cells[0]), shift)
 
 
@@ -349,23 +265,24 @@ def _bucket(values: jax.Array) -> jax.Array:
     key = magnitude - negative.astype(edges.dtype)
     cell = jnp.clip((key >> table.shift) - table.first, 0, len(table.below) - 1)
     rank = _take(below, cell)
-    rank += key >= _take(edges, rank)
+    rank += (key >= _take(edges, rank)).astype(rank.dtype)
     zero = len(table.edges)
-    return jnp.where(negative, zero - rank, zero + 1 + rank)
+    return jnp.where(negative, zero - rank, zero + 1 + rank).astype(jnp.int32)
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:
     return table.at[index].get(mode=IN_BOUNDS)
 
 
-def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> Any:
-    return reduce_over_mesh(
+def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
+    tally: _Tally = reduce_over_mesh(
         lambda leaf, axes: _of_a_leaf(leaf, axes, dtype), leaf, axes
     )
+    return tally
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: np.dtype[Any]) -> _Tally:
+def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
     values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
     finite = jnp.isfinite(values)
     kept = jnp.where(finite, values, 0)

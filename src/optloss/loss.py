@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import show
+from optloss.messages import short_repr
 
 
 class Outcome(NamedTuple):
@@ -75,7 +75,8 @@ def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> 
             "model_state)."
         )
         raise ValueError(
-            f"optimize_loss: the loss {show(loss)}{signature} cannot be called with "
+            f"optimize_loss: the loss {short_repr(loss)}{signature} cannot be called "
+            "with "
             f"({given}) and {count} argument{'s' if count != 1 else ''} more: {error}. "
             f"{advice}"
         ) from error
@@ -88,7 +89,7 @@ def _scalar(loss: Any) -> jax.Array:
     if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             "optimize_loss: the loss must be a real floating scalar, got "
-            f"{show(loss)}. Reduce it first, for example with loss.mean()."
+            f"{short_repr(loss)}. Reduce it first, for example with loss.mean()."
         )
     return jnp.asarray(loss)
 
@@ -99,7 +100,7 @@ def run_update_ops(
     """Return ``model_state`` after each of ``ops``, in order."""
     for op in ops:
         made = op(model_state, context)
-        model_state = like_before(f"the update op {show(op)}", made, model_state)
+        model_state = like_before(f"the update op {short_repr(op)}", made, model_state)
     return model_state
 
 
@@ -126,8 +127,10 @@ def _like_leaf(who: str, path: str, new: Any, old: Any) -> Any:
     new = new if hasattr(new, "dtype") else jnp.asarray(new)
     if new.shape != old.shape or new.dtype != old.dtype:
         raise ValueError(
-            f"optimize_loss: {who} returned {show(new)} for model_state{path}, which "
-            f"is {show(old)}. Keep shapes and dtypes, for example with .astype(...)."
+            f"optimize_loss: {who} returned {short_repr(new)} for model_state{path}, "
+            "which "
+            f"is {short_repr(old)}. Keep shapes and dtypes, for example with "
+            ".astype(...)."
         )
     if jnp.issubdtype(new.dtype, jax.dtypes.extended):
         return new

@@ -12,8 +12,8 @@ the versions that have it.
 A scalar left on one device beside sharded parameters would be moved to the mesh by the
 first step, whose output then differs in placement from its input, and the second call
 would compile the step again. So would a leaf that a step returns in another sharding
-than it was given in: Explicit axes forbid that by type, with Auto axes XLA is free to do
-it unless told.
+than it was given in: Explicit axes forbid that by type, with Auto axes XLA is free to
+do it unless told.
 """
 
 from collections.abc import Callable, Sequence
@@ -181,7 +181,7 @@ def shard_state(state: Any, params: Any) -> Any:
 
 
 def put_like(new: jax.Array, old: Any) -> jax.Array:
-    """Return ``new`` on the devices of ``old``; a step would compile anew for others."""
+    """Return ``new`` on the devices of ``old``; elsewhere it costs a compilation."""
     if is_traced(new) or is_traced(old) or not _is_committed(old):
         return new
     placed: jax.Array = jax.device_put(new, old.sharding)

@@ -18,13 +18,16 @@ import numpy as np
 MOST_SHOWN = 60
 
 
-def show(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a short text: arrays by dtype and shape, functions by their names."""
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, functools.partial):
-        bound = [f"{name}={show(entry)}" for name, entry in value.keywords.items()]
-        return f"{show(value.func)}({', '.join([*map(show, value.args), *bound])})"
+        bound = [
+            f"{name}={short_repr(entry)}" for name, entry in value.keywords.items()
+        ]
+        arguments = ", ".join([*map(short_repr, value.args), *bound])
+        return f"{short_repr(value.func)}({arguments})"
     if _is_named(value):
         return str(value.__name__)
     text = " ".join(repr(_without_numbers(value)).split())
@@ -52,12 +55,12 @@ def _without_numbers(value: Any) -> Any:
         return type(value)(*map(_without_numbers, value))
     if type(value) is dict:
         return {key: _without_numbers(entry) for key, entry in value.items()}
-    return _Text(show(value)) if is_array(value) or _is_named(value) else value
+    return _Text(short_repr(value)) if is_array(value) or _is_named(value) else value
 
 
-def refusal(call: str, argument: str, value: Any, problem: str) -> ValueError:
+def argument_error(call: str, argument: str, value: Any, problem: str) -> ValueError:
     """Return the error that refuses ``call(argument=value)`` because of ``problem``."""
-    return ValueError(f"{call}({argument}={show(value)}): {problem}")
+    return ValueError(f"{call}({argument}={short_repr(value)}): {problem}")
 
 
 def is_array(value: Any) -> TypeGuard[jax.Array]:
@@ -96,7 +99,7 @@ def check_number(
     else:
         good = False
     if not good:
-        raise refusal(call, argument, value, f"must be {requirement}")
+        raise argument_error(call, argument, value, f"must be {requirement}")
 
 
 def check_int(
@@ -104,15 +107,23 @@ def check_int(
 ) -> int:
     """Return ``value`` unless it is no int of at least ``least``; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise refusal(call, argument, value, f"must be {requirement}")
+        raise argument_error(call, argument, value, f"must be {requirement}")
     return value
 
 
 def check_bool(call: str, argument: str, value: Any) -> bool:
     """Return ``value`` unless it is neither ``True`` nor ``False``."""
     if not isinstance(value, bool):
-        raise refusal(call, argument, value, "must be True or False.")
+        raise argument_error(call, argument, value, "must be True or False.")
     return value
+
+
+def check_axis_name(call: str, axis_name: Any) -> None:
+    """Refuse ``axis_name`` unless it is a str, a tuple of them or ``None``."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        cure = "must be a mesh axis's name or a tuple of them."
+        raise argument_error(call, "axis_name", axis_name, cure)
 
 
 def listing(names: Iterable[Any], most: int = 10) -> str:

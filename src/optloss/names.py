@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
-from optloss.messages import listing, nearest, refusal, show
+from optloss.messages import argument_error, listing, nearest, short_repr
 from optloss.trees import is_inexact
+from optloss.typing import Pattern
 
-Pattern = str | re.Pattern[str]
 Predicate = Callable[[str, Any], bool]
 
 
@@ -103,7 +103,7 @@ def _regex_of_segment(segment: str) -> str:
     return "".join(wild.get(piece[:2]) or re.escape(piece) for piece in pieces)
 
 
-def assign(
+def first_match(
     call: str, patterns: Sequence[Pattern], names: Sequence[str], *, check: bool = True
 ) -> list[int | None]:
     """Return, for each name, the index of the first of ``patterns`` that matches it.
@@ -155,7 +155,7 @@ def _suggest(text: str, names: Sequence[str]) -> str:
 def check_variables(call: str, variables: Any) -> Any:
     """Return ``variables`` unless it is empty or nothing that can select parameters."""
     if is_pattern_list(variables) and not variables:
-        raise refusal(
+        raise argument_error(
             call,
             "variables",
             variables,
@@ -168,7 +168,7 @@ def check_variables(call: str, variables: Any) -> Any:
         or is_mask(variables)
         or callable(variables)
     ):
-        raise refusal(
+        raise argument_error(
             call,
             "variables",
             variables,
@@ -192,7 +192,7 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
         wanted and is_inexact(leaf) for wanted, leaf in zip(chosen, leaves, strict=True)
     ]
     if names and not any(selected) and variables is not None:
-        raise refusal(
+        raise argument_error(
             call,
             "variables",
             variables,
@@ -213,8 +213,10 @@ def _choose(
         return [bool(variables(*pair)) for pair in zip(names, leaves, strict=True)]
     patterns = [variables] if is_pattern(variables) else list(variables)
     for pattern in sorted(patterns, key=str):
-        assign(f"{call}, variables", [pattern], names)
-    return [index is not None for index in assign(call, patterns, names, check=False)]
+        first_match(f"{call}, variables", [pattern], names)
+    return [
+        index is not None for index in first_match(call, patterns, names, check=False)
+    ]
 
 
 def is_pattern_list(value: Any) -> bool:
@@ -234,7 +236,8 @@ def _mask_leaves(call: str, mask: Any, params: Any, names: list[str]) -> list[bo
     # By name, not by structure: an nnx State meets its own plain arrays in an update.
     if leaf_names(mask) != names:
         raise ValueError(
-            f"{call}(variables={show(mask)}): a tree of bools must have the structure "
+            f"{call}(variables={short_repr(mask)}): a tree of bools must have the "
+            "structure "
             f"of the parameters, {jax.tree.structure(params)}. Names, patterns or a "
             "predicate (name, leaf) -> bool are accepted, too."
         )

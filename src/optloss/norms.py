@@ -1,44 +1,50 @@
-r"""The global norm of a tree, right at every magnitude, in every dtype, on every mesh.
+r"""The norm of a gradient, right at every magnitude, in every dtype, on every mesh.
 
-The squares are summed in float32 (float64 if a leaf is), whatever the leaves are. A
-float32 sum of squares only reaches norms between 1e-19 and 1e19; the rest of float32's
-range is reached by summing once more, with the leaves scaled by a power of two. The sum
-therefore stands in a loop, whose body runs once for an ordinary gradient and twice for
-a huge, tiny or zero one. A loop, and not a branch, because a compiled program that is
-spread over devices then holds one all-reduce for it, not two.
+Squares are summed in float32 (float64 if a leaf is), whatever the leaves are. A float32
+sum of squares alone reaches norms between 1e-19 and 1e19. Blue's remedy has three sums:
+of the squares, of the squares of all values scaled down, and of all scaled up; the one
+that neither overflows nor underflows gives the norm. All three come out of one pass
+over the values, which costs an accelerator no more than one sum. A CPU computes the
+plain sum, and the others in a branch that it seldom takes.
 
 Every device of a mesh must come to the same norm, and count each parameter once:
 
 * under ``jit`` with Auto axes XLA sees to it;
-* with Explicit axes the sum is a ``shard_map`` of its own, ending in one all-reduce;
+* with Explicit axes the sums are a ``shard_map`` of their own, with one all-reduce;
 * under ``shard_map`` or ``pmap`` the caller names the axes, and a leaf that is
   replicated over an axis, as its type tells, is counted once and not once per device.
+
+References:
+    Blue, *A Portable Fortran Program to Find the Euclidean Norm of a Vector*, 1978. He
+    sorts the values into three sums; here each enters all three, without a branch.
 """
 
-import collections
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optloss.mesh import (
     Axes,
     AxisName,
     axes_of,
+    cond_on_mesh,
+    explicit_axes,
     reduce_over_mesh,
-    vary_over,
-    varying,
     varying_axes,
 )
-from optloss.trees import accumulator_dtype, inexact_leaves, norm_dtype
+from optloss.trees import inexact_leaves, norm_dtype
+from optloss.typing import PyTree
 
-LARGE = 2**17
-"""Elements of a leaf that is worth a kernel."""
+Leaves: TypeAlias = list[jax.Array]
+DType: TypeAlias = np.dtype[Any]
 
 
-def global_norm(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
+def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:
     r"""Return the Euclidean norm of all floating and complex leaves together.
 
     .. math:: \lVert g \rVert_2 = \sqrt{\sum_i \lvert g_i \rvert^2}
@@ -65,102 +71,125 @@ def global_norm(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
     See also:
         :func:`clip_by_global_norm`, which measures the gradient with it.
     """
-    axes = axes_of(axis_name)
     dtype = norm_dtype(tree)
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros((), dtype)
-    norm: jax.Array = _norm(leaves, axes, jnp.dtype(dtype))
-    return norm
+    return _norms(leaves, axes_of(axis_name), np.dtype(dtype), False)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _norm(leaves: list[jax.Array], axes: Axes, dtype: Any) -> jax.Array:
-    half, digits = jnp.finfo(dtype).maxexp // 2, jnp.finfo(dtype).nmant
-    down, up = 2.0 ** -(half + 16), 2.0 ** (half + digits)
+def leaf_norms(tree: PyTree, *, axis_name: AxisName = None) -> list[jax.Array]:
+    """Return the norm of each floating or complex leaf, in the order of the tree.
 
-    def again(carry: tuple[Any, ...]) -> Any:
-        return carry[2]
-
-    def measure(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        scales = carry[0]
-        parts = [(leaf, scales[i]) for leaf, i in zip(leaves, places, strict=True)]
-        total = _sum(parts, _scaled_square, axes, dtype)
-        better = jnp.where(total == jnp.inf, down, jnp.where(total < 2.0**-half, up, 1))
-        repeat = (scales[0] == 1) & (better != 1)
-        return jnp.where(repeat, better, scales).astype(dtype), total, repeat
-
-    places = _places(leaves)
-    scales = jnp.ones(1 + max(places), dtype)
-    first = (scales, jnp.zeros((), dtype), jnp.array(True))
-    unsummed = frozenset().union(*map(varying, leaves)) - set(axes)
-    first = jax.tree.map(lambda leaf: vary_over(leaf, unsummed), first)
-    scales, total, _ = jax.lax.while_loop(again, measure, first)
-    norm: jax.Array = jnp.sqrt(total) / scales[0]
-    return norm
-
-
-def _places(leaves: list[jax.Array]) -> list[int]:
-    """Return which of several equal scales each leaf is multiplied by.
-
-    Leaves of one shape would share the broadcast of a common scale, which XLA on a CPU
-    then keeps in memory and reads again for each. A scale of its own is worth its
-    kernel to a large leaf alone.
+    Where the global norm of ``tree`` is computed, too, XLA merges the two: there is one
+    pass over the values.
     """
-    shapes: collections.Counter[tuple[int, ...]] = collections.Counter()
-    places = []
-    for leaf in leaves:
-        places.append(shapes[leaf.shape])
-        shapes[leaf.shape] += leaf.size >= LARGE
-    return places
+    leaves, dtype = inexact_leaves(tree), np.dtype(norm_dtype(tree))
+    full = [leaf for leaf in leaves if leaf.size]
+    found = iter(_norms(full, axes_of(axis_name), dtype, True) if full else [])
+    return [next(found) if leaf.size else jnp.zeros((), dtype) for leaf in leaves]
 
 
-@_norm.defjvp
-def _norm_jvp(axes: Axes, dtype: Any, primals: Any, tangents: Any) -> Any:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
+    """Return the norm of each leaf, or the one of all together."""
+    half, digits = jnp.finfo(dtype).maxexp // 2, jnp.finfo(dtype).nmant
+    down, up, least = 2.0 ** -(half + 16), 2.0 ** (half + digits), 2.0**-half
+
+    def sums(*scales: float) -> list[Leaves]:
+        def squares(leaf: jax.Array) -> Leaves:
+            return _sums_of_squares(_real_parts(leaf, dtype), scales)
+
+        return _totals(squares, leaves, axes, each)
+
+    def three_sums() -> Leaves:
+        return [pick(*three) for three in sums(1.0, down, up)]
+
+    def pick(plain: jax.Array, large: jax.Array, small: jax.Array) -> jax.Array:
+        huge, tiny = plain == jnp.inf, plain < least
+        total = jnp.where(huge, large, jnp.where(tiny, small, plain))
+        scale = jnp.where(huge, down, jnp.where(tiny, up, 1)).astype(dtype)
+        return jnp.sqrt(total) / scale
+
+    def one_sum() -> Leaves:
+        plain = [total for (total,) in sums(1.0)]
+        fine = [(total != jnp.inf) & ~(total < least) for total in plain]
+        roots: Leaves = cond_on_mesh(
+            functools.reduce(jnp.logical_and, fine),
+            lambda: [*map(jnp.sqrt, plain)],
+            three_sums,
+        )
+        return roots
+
+    if axes or explicit_axes(leaves)[1]:
+        return three_sums()  # in a single all-reduce
+    norms: Leaves = jax.lax.platform_dependent(cpu=one_sum, default=three_sums)
+    return norms
+
+
+@_measure.defjvp
+def _measure_jvp(
+    axes: Axes,
+    dtype: DType,
+    each: bool,
+    primals: tuple[Leaves],
+    tangents: tuple[Leaves],
+) -> tuple[Leaves, Leaves]:
     (leaves,), (moves,) = primals, tangents
-    norm = _norm(leaves, axes, dtype)
-    safe = jnp.where(norm > 0, norm, 1)
-    # Scaled down at first: 1 / norm is zero where the norm is huge.
-    shift = jnp.where(safe > 1, 2.0**-8, 1).astype(dtype)
-    inverse = 1 / (safe * shift)
-    parts = [(*pair, shift, inverse) for pair in zip(leaves, moves, strict=True)]
-    return norm, _sum(parts, _component, axes, dtype)
+    norms = _norms(leaves, axes, dtype, each)
+
+    def along(leaf: jax.Array, move: jax.Array, norm: jax.Array) -> Leaves:
+        safe = jnp.where(norm > 0, norm, 1)
+        # Scaled down at first: 1 / norm is zero where the norm is huge.
+        shift = jnp.where(safe > 1, 2.0**-8, 1).astype(dtype)
+        pairs = zip(_real_parts(leaf, dtype), _real_parts(move, dtype), strict=True)
+        return [sum(jnp.sum(x * shift * (1 / (safe * shift)) * y) for x, y in pairs)]
+
+    beside = norms if each else norms * len(leaves)
+    slopes = _totals(along, leaves, axes, each, moves, beside)
+    return norms, [slope for (slope,) in slopes]
 
 
-def _scaled_square(leaf: jax.Array, scale: jax.Array) -> jax.Array:
-    squares = [jnp.square(part * scale.astype(part.dtype)) for part in _parts(leaf)]
-    return sum(squares[1:], squares[0])
+# Outside of jit the branches would be compiled at every call.
+_norms = jax.jit(_measure, static_argnums=(1, 2, 3))
 
 
-def _component(
-    leaf: jax.Array, move: jax.Array, shift: jax.Array, inverse: jax.Array
-) -> jax.Array:
-    products = [
-        part * shift.astype(part.dtype) * inverse.astype(part.dtype) * along
-        for part, along in zip(_parts(leaf), _parts(move), strict=True)
-    ]
-    return sum(products[1:], products[0])
+def _totals(
+    fn: Callable[..., Leaves], leaves: Leaves, axes: Axes, each: bool, *beside: Leaves
+) -> list[Leaves]:
+    """Sum ``fn`` of each leaf over all elements and devices, and unless ``each``, all.
+
+    ``fn`` returns several numbers, which are summed one by one.
+    """
+
+    def here(rows: list[Leaves], axes: Axes) -> list[Leaves]:
+        over = [varying_axes(row, axes) for row in rows]
+        used = tuple(axis for axis in axes if any(axis in own for own in over))
+        totals = [
+            # A leaf that is replicated over an axis would be counted on each device.
+            [part / copies(used, own) for part in fn(*row)]
+            for row, own in zip(rows, over, strict=True)
+        ]
+        if not each:
+            totals = [
+                [sum(column[1:], column[0]) for column in zip(*totals, strict=True)]
+            ]
+        return jax.lax.psum(totals, used) if used else totals
+
+    def copies(used: Axes, own: Axes) -> int:
+        return math.prod(jax.lax.axis_size(axis) for axis in used if axis not in own)
+
+    rows = [list(row) for row in zip(leaves, *beside, strict=True)]
+    found: list[Leaves] = reduce_over_mesh(here, rows, axes)
+    return found
 
 
-def _parts(leaf: jax.Array) -> list[jax.Array]:
-    wide = leaf.astype(accumulator_dtype(leaf.dtype))
-    return [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
+def _sums_of_squares(parts: Leaves, scales: Sequence[float]) -> Leaves:
+    """Return, for each scale, the sum of the squares of all scaled values."""
+    return [sum(jnp.sum(jnp.square(x * scale)) for x in parts) for scale in scales]
 
 
-def _sum(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
-    """Sum ``fn(*part)`` over all parts, elements and devices."""
-    total: jax.Array = reduce_over_mesh(
-        lambda parts, axes: _sum_here(parts, fn, axes, dtype), parts, axes
-    )
-    return total
-
-
-def _sum_here(parts: list[Any], fn: Any, axes: Axes, dtype: Any) -> jax.Array:
-    over = [varying_axes(part, axes) for part in parts]
-    used = tuple(axis for axis in axes if any(axis in own for own in over))
-    total = jnp.zeros((), dtype)
-    for part, own in zip(parts, over, strict=True):
-        # A leaf that is replicated over an axis would be counted once per device of it.
-        copies = math.prod(jax.lax.axis_size(axis) for axis in used if axis not in own)
-        total += jnp.sum(fn(*part).astype(dtype)) / copies
-    return jax.lax.psum(total, used) if used else total
+def _real_parts(leaf: jax.Array, dtype: DType) -> Leaves:
+    if jnp.iscomplexobj(leaf):
+        return [leaf.real.astype(dtype), leaf.imag.astype(dtype)]
+    return [leaf.astype(dtype)]

@@ -3,29 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from optloss.chain import Chain
-from optloss.messages import check_bool, check_int, is_array, listing, refusal
-from optloss.names import check_variables
-from optloss.rates import is_schedule
-from optloss.stages import (
-    AxisName,
-    check_axis_name,
-    check_learning_rate,
-    check_noise,
-    check_pack_size,
-    clip_stage,
-    multiplier_stage,
-    noise_stage,
-    optimizer_stage,
-)
-from optloss.summaries import OPTIMIZER_SUMMARIES
+from optloss.mesh import AxisName
+from optloss.summaries import Asked
 from optloss.train_op import TrainOp
-from optloss.transforms.noise import check_key
-
-CALL = "optimize_loss"
 
 
 def optimize_loss(
@@ -143,127 +124,22 @@ def optimize_loss(
     References:
         ``tf.contrib.layers.optimize_loss``, TensorFlow 1.15.
     """
-    _check_loss(loss)
-    _check_global_step(global_step)
-    check_learning_rate(CALL, learning_rate, optimizer, learning_rate_decay_fn)
-    _check_summaries(summaries)
-    _check_counter(global_step, learning_rate, learning_rate_decay_fn)
-    stages = {
-        "optimizer": optimizer_stage(
-            CALL, learning_rate, optimizer, learning_rate_decay_fn
-        ),
-        "clip": clip_stage(CALL, clip_gradients, axis_name),
-    }
-    check_noise(CALL, gradient_noise_scale)
-    stages["multipliers"] = multiplier_stage(
-        CALL, "gradient_multipliers", gradient_multipliers
-    )
-    _check_update_ops(update_ops)
-    check_variables(CALL, variables)
-    _check_name(name)
-    check_bool(CALL, "colocate_gradients_with_ops", colocate_gradients_with_ops)
-    check_bool(CALL, "increment_global_step", increment_global_step)
-    stages["rate_multipliers"] = multiplier_stage(
-        CALL, "learning_rate_multipliers", learning_rate_multipliers
-    )
-    check_int(CALL, "histogram_every", histogram_every, 1, "an int >= 1.")
-    check_bool(CALL, "skip_nonfinite", skip_nonfinite)
-    check_key(CALL, "seed", seed)
-    check_pack_size(CALL, pack_small_leaves, learning_rate, optimizer)
-    check_axis_name(CALL, axis_name)
-    check_bool(CALL, "donate", donate)
-    stages["noise"] = noise_stage(CALL, gradient_noise_scale, seed, axis_name)
+    given = locals()
+    chain = Chain.of("optimize_loss", given)
     return TrainOp(
         loss=loss,
-        chain=Chain(
-            call=CALL,
-            **stages,
-            variables=variables,
-            skip_nonfinite=skip_nonfinite,
-            pack_size=pack_small_leaves,
-            axis_name=axis_name,
-        ),
+        chain=chain,
         global_step=global_step,
         update_ops=None if update_ops is None else tuple(update_ops),
-        name="OptimizeLoss" if name is None else name,
-        summaries=("loss", "learning_rate") if summaries is None else tuple(summaries),
+        asked=Asked(
+            summaries=("loss", "learning_rate")
+            if summaries is None
+            else tuple(summaries),
+            name="OptimizeLoss" if name is None else name,
+            histogram_every=histogram_every,
+            axis_name=axis_name,
+        ),
         colocate_gradients_with_ops=colocate_gradients_with_ops,
         increment_global_step=increment_global_step,
-        histogram_every=histogram_every,
         donate=donate,
     )
-
-
-def _check_loss(loss: Any) -> None:
-    if not callable(loss):
-        raise refusal(CALL, "loss", loss, "must be a function loss(params, *args).")
-
-
-def _check_global_step(step: Any) -> None:
-    if step is None:
-        return
-    if is_array(step):
-        good = step.shape == () and jnp.issubdtype(step.dtype, jnp.integer)
-    else:
-        whole = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
-        good = whole and 0 <= int(step) < 2**31
-    if not good:
-        raise refusal(
-            CALL,
-            "global_step",
-            step,
-            "must be an int in [0, 2**31) or a 0-d integer array, or None for no "
-            "counter.",
-        )
-
-
-def _check_summaries(summaries: Any) -> None:
-    known = ", ".join(map(repr, OPTIMIZER_SUMMARIES))
-    if summaries is None:
-        return
-    if isinstance(summaries, str) or not isinstance(summaries, Sequence):
-        raise refusal(CALL, "summaries", summaries, f"must be a list out of {known}.")
-    unknown = [entry for entry in summaries if entry not in OPTIMIZER_SUMMARIES]
-    if unknown:
-        raise refusal(
-            CALL,
-            "summaries",
-            summaries,
-            f"unknown: {listing(unknown)}. Choose out of {known}.",
-        )
-
-
-def _check_counter(step: Any, learning_rate: Any, decay_fn: Any) -> None:
-    if step is not None or learning_rate is None:
-        return
-    if decay_fn is not None:
-        raise refusal(
-            CALL,
-            "global_step",
-            None,
-            "global_step is required for learning_rate_decay_fn. Start it at 0.",
-        )
-    if is_schedule(learning_rate):
-        raise refusal(
-            CALL,
-            "global_step",
-            None,
-            "global_step is required for a schedule as learning_rate. Start it at 0.",
-        )
-
-
-def _check_update_ops(update_ops: Any) -> None:
-    if update_ops is None:
-        return
-    if not isinstance(update_ops, Sequence) or not all(map(callable, update_ops)):
-        raise refusal(
-            CALL,
-            "update_ops",
-            update_ops,
-            "must be a list of functions op(model_state, context) -> model_state.",
-        )
-
-
-def _check_name(name: Any) -> None:
-    if name is not None and not isinstance(name, str):
-        raise refusal(CALL, "name", name, "must be a str; '' for no prefix.")

@@ -5,11 +5,19 @@ that returns a dict from tag to scalar. :func:`get_summaries` finds such states 
 they are wrapped, so nothing has to be computed, or passed along, a second time.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from optloss.fast.handover import Stacked, empty_like
+from optloss.histograms import Histogram, histogram
+from optloss.mesh import AxisName
+from optloss.names import leaf_names
+from optloss.norms import global_norm, leaf_norms
+from optloss.trees import inexact_leaves, is_inexact
+from optloss.typing import PyTree
 
 LEARNING_RATE = "learning_rate"
 LOSS = "loss"
@@ -97,3 +105,115 @@ def _plain(state: Any) -> Any:
     # An nnx.Optimizer keeps the structure of a state and wraps its arrays in Variables.
     fields = (f.get_value() if hasattr(f, "get_value") else f for f in state)
     return type(state)(*fields)
+
+
+class Asked(NamedTuple):
+    """What a step is to report, and how."""
+
+    summaries: Sequence[str]  # out of OPTIMIZER_SUMMARIES
+    name: str  # prefix of the tags
+    histogram_every: int
+    axis_name: AxisName
+
+    @property
+    def norms(self) -> bool:
+        """Whether the global norms are to be reported."""
+        return not {"global_gradient_norm", "gradient_norm"}.isdisjoint(self.summaries)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether anything of the gradient is to be reported."""
+        return self.norms or "gradients" in self.summaries
+
+
+class Measured(NamedTuple):
+    """What is known of the gradient of a step."""
+
+    gradients: PyTree  # before the clip
+    clipped: PyTree  # after it
+    norm: jax.Array | None  # of `gradients`, where the clip or the guard has it
+    factor: jax.Array | None  # clipped norm / norm, where the clip has it
+    uniform: bool  # whether the clip multiplied every leaf by the factor
+
+
+def step_summaries(
+    asked: Asked,
+    loss: jax.Array,
+    rate: jax.Array | None,
+    measured: Measured | None,
+    step: jax.Array | None,
+) -> dict[str, Any]:
+    """Return the summaries of a step, by tag.
+
+    Args:
+        asked: What is to be reported.
+        loss: The loss before the update.
+        rate: The learning rate of the update, where it is known.
+        measured: The gradient, where anything of it is asked for.
+        step: The step before its increment, where there is a counter.
+    """
+    found: dict[str, Any] = {}
+    if "loss" in asked.summaries:
+        found[LOSS] = loss
+    if "learning_rate" in asked.summaries and rate is not None:
+        found[LEARNING_RATE] = rate
+    if measured is not None and asked.norms:
+        found |= _norms(asked, measured)
+    if measured is not None and "gradients" in asked.summaries:
+        found |= _histograms(asked, measured.clipped, step)
+    prefix = f"{asked.name}/" if asked.name else ""
+    return {
+        prefix + tag: value if isinstance(value, Histogram) else _float32(value)
+        for tag, value in found.items()
+    }
+
+
+def _float32(value: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
+
+
+def _norms(asked: Asked, measured: Measured) -> dict[str, jax.Array]:
+    gradients, clipped, norm, factor, uniform = measured
+    found: dict[str, jax.Array] = {}
+    if norm is None:
+        norm = global_norm(gradients, axis_name=asked.axis_name)
+    found[GRADIENT_NORM] = norm
+    if factor is not None:
+        found[CLIPPED_GRADIENT_NORM] = norm * factor
+    elif clipped is not gradients:
+        found[CLIPPED_GRADIENT_NORM] = global_norm(clipped, axis_name=asked.axis_name)
+    if "gradient_norm" in asked.summaries:
+        by = factor if uniform and factor is not None else None
+        # Of the gradient that the global norm is of, too: both come from one pass.
+        tree = clipped if by is None else gradients
+        norms = leaf_norms(tree, axis_name=asked.axis_name)
+        for name, one in zip(_inexact_names(tree), norms, strict=True):
+            found[f"{PARAMETER_GRADIENT_NORM}/{name}"] = one if by is None else one * by
+    return found
+
+
+def _histograms(
+    asked: Asked, gradients: PyTree, step: jax.Array | None
+) -> dict[str, Histogram]:
+    names, leaves = _inexact_names(gradients), inexact_leaves(gradients)
+
+    def counted() -> Stacked:
+        return Stacked(
+            {
+                f"{PARAMETER_GRADIENTS}/{name}": histogram(
+                    leaf, axis_name=asked.axis_name
+                )
+                for name, leaf in zip(names, leaves, strict=True)
+            }
+        )
+
+    def nothing() -> Stacked:
+        return empty_like(jax.eval_shape(counted))
+
+    due = True if step is None else step % asked.histogram_every == 0
+    return jax.lax.cond(due, counted, nothing).summaries()
+
+
+def _inexact_names(tree: PyTree) -> list[str]:
+    pairs = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+    return [name for name, leaf in pairs if is_inexact(leaf)]

@@ -15,15 +15,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.chain import Chain, ChainState, as_arrays
+from optloss.arguments import as_arrays
+from optloss.chain import Chain, ChainState
 from optloss.describe import describe, one_line
-from optloss.histograms import Histogram, Stacked
+from optloss.fast.handover import Stacked
+from optloss.histograms import Histogram
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.mesh import kept_shardings, shard_like, shard_state
-from optloss.messages import show
-from optloss.reporting import Asked, Seen, summarise, wants_norms
-from optloss.transforms.nonfinite import is_finite, skip_unless
-from optloss.trees import freeze, map_inexact, strong, thaw
+from optloss.messages import short_repr
+from optloss.summaries import Asked, step_summaries
+from optloss.trees import (
+    increment,
+    map_inexact,
+    merge_leaves,
+    own_copy,
+    select_leaves,
+)
+from optloss.typing import PyTree
 
 
 class TrainOpState(NamedTuple):
@@ -36,7 +44,7 @@ class TrainOpState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What one step is looked at by."""
+    """What one step reports."""
 
     loss: jax.Array  # float [], before the update
     aux: Any
@@ -78,17 +86,20 @@ class TrainOp:
     chain: Chain
     global_step: Any
     update_ops: Sequence[Callable[..., Any]] | None
-    name: str
-    summaries: Sequence[str]
+    asked: Asked
     colocate_gradients_with_ops: bool
     increment_global_step: bool
-    histogram_every: int
     donate: bool
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
         """The chain alone, as :func:`make_optimizer` makes it."""
         return self.chain.transform()
+
+    @property
+    def name(self) -> str:
+        """The prefix of the summaries' tags."""
+        return self.asked.name
 
     @property
     def _counts(self) -> bool:
@@ -153,10 +164,11 @@ class TrainOp:
         opt_state = self.chain.init(params)
         if not any(self.chain.selected(params)):
             raise ValueError(
-                f"train_op.init(params={show(params)}): it holds no floating array, so "
+                f"train_op.init(params={short_repr(params)}): it holds no floating "
+                "array, so "
                 "there is nothing to train."
             )
-        params, model_state = jax.tree.map(strong, (params, model_state))
+        params, model_state = jax.tree.map(own_copy, (params, model_state))
         step = None
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
@@ -168,10 +180,10 @@ class TrainOp:
         """Make one step, compiled; the buffers of ``state`` are donated."""
         _check_state(state)
         try:
-            new_state, loss, aux, seen = self._compiled_for(state)(
+            new_state, loss, aux, found = self._compiled_for(state)(
                 state, *args, **kwargs
             )
-            return new_state, StepOutput(loss, aux, seen.summaries())
+            return new_state, StepOutput(loss, aux, found.summaries())
         except (RuntimeError, ValueError) as error:
             if "deleted" in str(error) and _is_deleted(state):
                 raise ValueError(
@@ -239,54 +251,49 @@ class TrainOp:
             return self._step(state, args, kwargs)
 
     def _step(
-        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
+        self,
+        state: TrainOpState,
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+        shardings: PyTree = None,
     ) -> Step:
         selected = self.chain.selected(state.params)
-        trained = freeze(state.params, selected)
+        trained = select_leaves(state.params, selected)
         outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
         if self.colocate_gradients_with_ops:
-            wanted = None if shardings is None else freeze(shardings, selected)
+            wanted = None if shardings is None else select_leaves(shardings, selected)
             gradients = shard_like(gradients, trained, wanted)
         extra = {"value": outcome.loss}
         if state.step is not None:
             extra["step"] = state.step
+        shaped, before = self.chain.before(gradients, state.opt_state, trained, extra)
+        norm = self.chain.norm(shaped)
 
-        guarded = self.chain.skip_nonfinite
-        before: ChainState = state.opt_state.inner if guarded else state.opt_state
-        measure = guarded or wants_norms(self.summaries)
-        shaped = self.chain.shape(gradients, before, trained, extra, measure)
-
-        def commit() -> tuple[Any, Any]:
-            moved, opt_state = self.chain.move(shaped, trained, extra)
-            params = thaw(moved, state.params, selected)
+        def update() -> tuple[tuple[PyTree, PyTree], ChainState]:
+            updates, after = self.chain.after(shaped, before, trained, extra, norm)
+            moved = optax.apply_updates(trained, updates)
+            params = merge_leaves(moved, state.params, selected)
             context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
-            model_state = run_update_ops(
-                self.update_ops or (), outcome.model_state, context
-            )
-            return (moved, model_state), opt_state
+            ops = self.update_ops or ()
+            return (moved, run_update_ops(ops, outcome.model_state, context)), after
 
-        if guarded:
-            (moved, model_state), opt_state = skip_unless(
-                is_finite(shaped.norm, extra, self.chain.axis_name),
-                state.opt_state,
-                commit,
-                lambda shapes: (trained, state.model_state),
-            )
-        else:
-            (moved, model_state), opt_state = commit()
+        def nothing() -> tuple[PyTree, PyTree]:
+            return trained, state.model_state
 
+        (moved, model_state), opt_state = self.chain.guard(
+            state.opt_state, norm, outcome.loss, update, nothing
+        )
         step = state.step
         if step is not None and self.increment_global_step:
-            step = jnp.asarray(optax.safe_increment(step))
-        params = thaw(moved, state.params, selected)
-        after: Any = opt_state.inner if guarded else opt_state
-        seen = Seen(outcome.loss, after.optimizer, shaped, state.step)
-        asked = Asked(
-            self.summaries, self.name, self.histogram_every, self.chain.axis_name
-        )
-        summaries = summarise(asked, seen)
-        output = StepOutput(outcome.loss, outcome.aux, summaries)
-        return TrainOpState(step, params, model_state, opt_state), output
+            step = increment(step)
+        measured = None
+        if self.asked.gradients:
+            measured = self.chain.measured(shaped, before, trained, extra, norm)
+        rate = self.chain.rate(opt_state)
+        summaries = step_summaries(self.asked, outcome.loss, rate, measured, state.step)
+        params = merge_leaves(moved, state.params, selected)
+        new_state = TrainOpState(step, params, model_state, opt_state)
+        return new_state, StepOutput(outcome.loss, outcome.aux, summaries)
 
     def _differentiate(
         self,
@@ -298,7 +305,7 @@ class TrainOp:
     ) -> tuple[Outcome, Any]:
         def objective(trained: Any) -> tuple[jax.Array, Outcome]:
             # Rebuilt in here, so that modules made of them belong to this trace.
-            params = thaw(trained, state.params, selected)
+            params = merge_leaves(trained, state.params, selected)
             model_state = jax.tree.map(lambda leaf: leaf, state.model_state)
             outcome = call_loss(
                 self.loss, params, model_state, self.update_ops is not None, args, kw
@@ -322,7 +329,7 @@ def _check_state(state: Any) -> None:
             else "Make one with state = train_op.init(params)."
         )
         raise ValueError(
-            f"train_op(state={show(state)}): the first argument must be a "
+            f"train_op(state={short_repr(state)}): the first argument must be a "
             f"TrainOpState. {advice}"
         )
 

@@ -53,14 +53,14 @@ def inexact_leaves(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
 
-def strong(leaf: Any) -> jax.Array:
+def own_copy(leaf: Any) -> jax.Array:
     """Return ``leaf`` as an array of its own whose type is not weak."""
     leaf = jnp.array(leaf, copy=True)
     weak = getattr(leaf, "weak_type", False)  # an array of random keys has none
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
-def widen(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
     """Return ``tree`` with its half-precision leaves in float32."""
     return map_inexact(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), tree)
 
@@ -86,7 +86,7 @@ def _scale(leaf: jax.Array, factor: float | jax.Array) -> jax.Array:
     return (wide * by).astype(leaf.dtype)
 
 
-def freeze(tree: Any, selected: Sequence[bool]) -> Any:
+def select_leaves(tree: Any, selected: Sequence[bool]) -> Any:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not selected."""
     leaves, structure = jax.tree.flatten(tree)
     kept = [
@@ -96,7 +96,7 @@ def freeze(tree: Any, selected: Sequence[bool]) -> Any:
     return jax.tree.unflatten(structure, kept)
 
 
-def thaw(tree: Any, frozen: Any, selected: Sequence[bool]) -> Any:
+def merge_leaves(tree: Any, frozen: Any, selected: Sequence[bool]) -> Any:
     """Return ``frozen`` with the leaves of ``tree`` where ``selected`` says so."""
     leaves, structure = jax.tree.flatten(frozen)
     trained = iter(jax.tree.leaves(tree))
@@ -140,4 +140,4 @@ def keep_dtypes(new: Any, old: Any) -> Any:
 
 def inexact_only(tree: Any) -> Any:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
-    return freeze(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
+    return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])

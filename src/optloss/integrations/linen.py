@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import optax
 
-from optloss.messages import refusal
+from optloss.messages import argument_error
 
 try:
     from flax.training import train_state
@@ -82,10 +82,10 @@ class TrainState(train_state.TrainState):
         call = "TrainState.apply_gradients"
         if extra is not None and not isinstance(extra, Mapping):
             cure = "must map names to values, such as {'value': loss}."
-            raise refusal(call, "extra", extra, cure)
+            raise argument_error(call, "extra", extra, cure)
         known = {field.name for field in dataclasses.fields(self)}
         for name in fields.keys() - known:
-            raise refusal(
+            raise argument_error(
                 call,
                 name,
                 fields[name],

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from optloss.messages import show
+from optloss.messages import short_repr
 from optloss.optimize import optimize_loss as optimize_pure_loss
 from optloss.train_op import StepOutput, TrainOp, TrainOpState
-from optloss.trees import strong
+from optloss.trees import own_copy
 
 try:
     from flax import nnx
@@ -44,7 +44,7 @@ class ModelTrainOp:
         self.train_op = train_op
         self._variables = jax.tree.leaves(slots, is_leaf=_is_variable)
         self._state = train_op.init(*jax.tree.map(_read, slots, is_leaf=_is_variable))
-        self._model = show(type(model))
+        self._model = short_repr(type(model))
         self._write()
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepOutput:
@@ -61,7 +61,7 @@ class ModelTrainOp:
         pairs = list(zip(found, held, strict=True))
         if any(new is not old for new, old in pairs):
             # Somebody wrote to the model. Copied, so that donation leaves theirs alone.
-            kept = [new if new is old else strong(new) for new, old in pairs]
+            kept = [new if new is old else own_copy(new) for new, old in pairs]
             params, model_state = jax.tree.unflatten(structure, kept)
             self._state = self._state._replace(params=params, model_state=model_state)
             self._write()
@@ -80,10 +80,11 @@ class ModelTrainOp:
         expected: Any = jax.tree.structure(self._state)
         if expected != jax.tree.structure(state):
             raise ValueError(
-                f"op.restore(state={show(state)}): it is not a state of this run, "
+                f"op.restore(state={short_repr(state)}): it is not a state of this "
+                "run, "
                 f"whose structure is {expected}. Restore into op.state."
             )
-        self._state = jax.tree.map(strong, state)
+        self._state = jax.tree.map(own_copy, state)
         self._write()
 
     def describe(self) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from optloss.histograms import Histogram
 from optloss.mesh import is_traced
-from optloss.messages import refusal, show
+from optloss.messages import argument_error, short_repr
 
 try:
     from tensorboardX.event_file_writer import EventsWriter
@@ -73,9 +73,11 @@ class SummaryWriter:
 
     def __init__(self, logdir: str | os.PathLike[str], *, every: int = 1) -> None:
         if not isinstance(logdir, (str, os.PathLike)):
-            raise refusal("SummaryWriter", "logdir", logdir, "must be a path.")
+            raise argument_error("SummaryWriter", "logdir", logdir, "must be a path.")
         if not _is_int(every) or every < 1:
-            raise refusal("SummaryWriter", "every", every, "must be an int >= 1.")
+            raise argument_error(
+                "SummaryWriter", "every", every, "must be an int >= 1."
+            )
         self._every = int(every)
         self._closed = False
         self._worker = _Worker(logdir) if jax.process_index() == 0 else None
@@ -102,7 +104,7 @@ class SummaryWriter:
                 "SummaryWriter.write: the writer is closed. Make another SummaryWriter."
             )
         if not _is_int(step):
-            raise refusal(
+            raise argument_error(
                 "SummaryWriter.write",
                 "step",
                 step,
@@ -218,7 +220,7 @@ def _is_int(value: Any) -> bool:
 def _check_summaries(summaries: Any) -> int | None:
     """Return how many steps ``summaries`` were stacked of; None if they were not."""
     if not isinstance(summaries, Mapping):
-        raise refusal(
+        raise argument_error(
             "SummaryWriter.write",
             "summaries",
             summaries,
@@ -234,7 +236,7 @@ def _check_summaries(summaries: Any) -> int | None:
 
 
 def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
-    call = f"SummaryWriter.write(summaries[{tag!r}]={show(value)})"
+    call = f"SummaryWriter.write(summaries[{tag!r}]={short_repr(value)})"
     if any(is_traced(leaf) for leaf in jax.tree.leaves(value)):
         raise ValueError(
             f"{call}: is traced. Return it from the jitted function, then write it."

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import refusal
+from optloss.messages import argument_error
 from optloss.trees import accumulator_dtype, is_inexact, real_dtype
 
 Rule = Callable[..., tuple[Any, ...]]
@@ -38,7 +38,7 @@ def elementwise(
             problem = (
                 "must be given, to be solved for anew. Call update(g, state, params)."
             )
-            raise refusal(f"{solver}.update", "params", params, problem)
+            raise argument_error(f"{solver}.update", "params", params, problem)
         others = [params] if solver else []
         if "step" not in state._fields:
             updates, slots = _map_rule(rule, updates, state, others)

@@ -15,7 +15,7 @@ from typing import Any
 import optax
 from optax import contrib
 
-from optloss.messages import listing, nearest, refusal
+from optloss.messages import argument_error, listing, nearest
 from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES
 
 Factory = Callable[..., optax.GradientTransformation]
@@ -98,7 +98,7 @@ def list_optimizers(pattern: str = "*") -> list[str]:
         ['adam', 'adamax', 'adamaxw', 'adamw']
     """
     if not isinstance(pattern, str):
-        raise refusal("list_optimizers", "pattern", pattern, "must be a str.")
+        raise argument_error("list_optimizers", "pattern", pattern, "must be a str.")
     return sorted(name for name in _registered if fnmatch.fnmatchcase(name, pattern))
 
 
@@ -122,16 +122,18 @@ def register_optimizer(name: str, factory: Factory) -> None:
         ['heavy_ball']
     """
     if not _is_identifier(name):
-        raise refusal("register_optimizer", "name", name, "must be an identifier.")
+        raise argument_error(
+            "register_optimizer", "name", name, "must be an identifier."
+        )
     if name in _registered:
-        raise refusal(
+        raise argument_error(
             "register_optimizer",
             "name",
             name,
             "is taken. Choose another name; a registered one is never replaced.",
         )
     if not callable(factory):
-        raise refusal(
+        raise argument_error(
             "register_optimizer",
             "factory",
             factory,
@@ -152,7 +154,7 @@ def get_factory(call: str, text: str) -> Factory:
     name, keywords = (text, {}) if text in _registered else _parse(call, text)
     factory = _registered.get(name)
     if factory is None:
-        raise refusal(call, "optimizer", text, _unknown(name))
+        raise argument_error(call, "optimizer", text, _unknown(name))
     if not keywords:
         return factory
     _check_keywords(call, text, factory, keywords)
@@ -161,7 +163,7 @@ def get_factory(call: str, text: str) -> Factory:
         bound(0.1)
     except TypeError as error:
         problem = f"its keywords were not taken: {error}. Give them other values."
-        raise refusal(call, "optimizer", text, problem) from error
+        raise argument_error(call, "optimizer", text, problem) from error
     return functools.update_wrapper(bound, factory, assigned=("__module__", "__name__"))
 
 
@@ -196,7 +198,7 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError
         return node.func.id, keywords
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise refusal(
+        raise argument_error(
             call,
             "optimizer",
             text,
@@ -219,4 +221,4 @@ def _check_keywords(
     for keyword in keywords:
         if keyword not in known and not open_ended:
             problem = f"it has no keyword {keyword!r}. It takes {taken}."
-            raise refusal(call, "optimizer", text, problem)
+            raise argument_error(call, "optimizer", text, problem)

@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_number, is_array, refusal
+from optloss.mesh import AxisName
+from optloss.messages import argument_error, check_number, is_array
 from optloss.norms import global_norm
 from optloss.summaries import (
     ADAPTIVE_MAX_NORM,
@@ -58,6 +59,8 @@ class AdaptiveClippingState(NamedTuple):
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
+    uniform = True  # every leaf was multiplied by the factor
+
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
         return {
@@ -79,7 +82,7 @@ def adaptive_clipping(
     epsilon: float | jax.Array = 1e-8,
     decay_warmup: bool = True,
     statistics: str = "current",
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Cut gradients whose norm is far above what the run has seen so far.
 
@@ -197,10 +200,13 @@ def adaptive_clipping(
         params: Any = None,
         *,
         step: jax.Array | None = None,
+        gradient_norm: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
-        norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
+        if gradient_norm is None:
+            gradient_norm = global_norm(updates, axis_name=axis_name)
+        norm = gradient_norm.astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
         if previous:
             highest = jnp.where(state.observed < BURN_IN, jnp.inf, highest)
@@ -262,8 +268,10 @@ def _check(
         "a finite real number > 0 or a 0-d array.",
     )
     if not isinstance(decay_warmup, bool) and not is_array(decay_warmup):
-        raise refusal(call, "decay_warmup", decay_warmup, "must be True or False.")
+        raise argument_error(
+            call, "decay_warmup", decay_warmup, "must be True or False."
+        )
     if statistics not in ("current", "previous"):
-        raise refusal(
+        raise argument_error(
             call, "statistics", statistics, "must be 'current' or 'previous'."
         )

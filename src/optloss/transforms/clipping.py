@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_number, refusal, show
+from optloss.mesh import AxisName
+from optloss.messages import argument_error, check_number, short_repr
 from optloss.norms import global_norm
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -28,6 +29,8 @@ class ClipState(NamedTuple):
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
+    uniform = True  # every leaf was multiplied by the factor
+
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
         return {
@@ -39,7 +42,7 @@ class ClipState(NamedTuple):
 
 
 def clip_by_global_norm(
-    max_norm: float | jax.Array, *, axis_name: str | tuple[str, ...] | None = None
+    max_norm: float | jax.Array, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrink the whole gradient so that its norm is at most ``max_norm``.
 
@@ -61,7 +64,8 @@ def clip_by_global_norm(
     Returns:
         A transform with a :class:`~optloss.transforms.clipping.ClipState`. Leaves keep
         shape ``[*shape]`` and dtype; the norm is a float32 scalar ``[]`` even for
-        half-precision leaves, float64 if a leaf is float64.
+        half-precision leaves, float64 if a leaf is float64. ``update`` takes the norm
+        as the extra argument ``gradient_norm=`` where it is measured already.
 
     Raises:
         ValueError: If ``max_norm`` is a Python number that is negative or NaN.
@@ -103,10 +107,17 @@ def clip_by_global_norm(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        gradient_norm: jax.Array | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
-        norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
+        if gradient_norm is None:
+            gradient_norm = global_norm(updates, axis_name=axis_name)
+        norm = gradient_norm.astype(state.norm.dtype)
         bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
         outside = (norm > bound) & jnp.isfinite(norm)
         factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
@@ -156,7 +167,7 @@ def clip_by_function(
         :func:`clip_by_global_norm`, :func:`adaptive_clipping`.
     """
     if not callable(fn):
-        raise refusal(
+        raise argument_error(
             "clip_by_function", "fn", fn, "must be a function of a list of pairs."
         )
 
@@ -192,11 +203,11 @@ def clip_by_function(
 def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
     pairs: list[Any] = list(result) if isinstance(result, Iterable) else [None]
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
-        raise refusal(
+        raise argument_error(
             "clip_by_function", "fn", fn, "must return a list of (gradient, variable)."
         )
     if len(pairs) != length:
-        raise refusal(
+        raise argument_error(
             "clip_by_function",
             "fn",
             fn,
@@ -207,10 +218,11 @@ def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
 
 def _like(fn: Any, gradient: Any, before: jax.Array) -> jax.Array:
     if getattr(gradient, "shape", None) != before.shape or not is_inexact(gradient):
-        raise refusal(
+        raise argument_error(
             "clip_by_function",
             "fn",
             fn,
-            f"returned {show(gradient)} for a gradient {show(before)}. Keep the shape.",
+            f"returned {short_repr(gradient)} for a gradient {short_repr(before)}. "
+            "Keep the shape.",
         )
     return jnp.asarray(gradient, before.dtype)

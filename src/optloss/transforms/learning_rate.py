@@ -8,23 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import put_like
-from optloss.messages import is_array, refusal, show
-from optloss.rates import (
-    check_rate,
-    check_rate_is_outside,
-    check_rate_number,
-    check_scalar,
-    check_transformation,
-)
+from optloss.messages import argument_error, check_number, is_array, short_repr
 from optloss.summaries import LEARNING_RATE
 from optloss.trees import (
     increment,
     inexact_only,
     is_inexact,
     keep_dtypes,
+    merge_leaves,
     scale_leaves,
-    thaw,
-    widen,
+    to_float32,
 )
 
 Rate = float | jax.Array | optax.Schedule
@@ -138,7 +131,7 @@ def inject_learning_rate(
         with bfloat16 parameters ``adam`` then gives NaN at the first update.
     """
     if not callable(factory):
-        raise refusal(
+        raise argument_error(
             "inject_learning_rate",
             "factory",
             factory,
@@ -157,7 +150,7 @@ def _in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(
         inner.init,
         lambda updates, state, params=None, **extra: update(
-            widen(updates), widen(state), widen(params), **extra
+            to_float32(updates), to_float32(state), to_float32(params), **extra
         ),
     )
 
@@ -207,7 +200,7 @@ def _with_rate(
         selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
         inner = keep_dtypes(inner, state.inner)
         new_state = LearningRateState(increment(state.step), state.base, rate, inner)
-        return thaw(steps, updates, selected), new_state
+        return merge_leaves(steps, updates, selected), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -250,14 +243,16 @@ def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
     places = [i for i, node in enumerate(nodes) if _has_rate(node)]
     if not places or any(nodes[i].base is None for i in places):
         raise ValueError(
-            f"set_learning_rate({show(type(state))}): the state holds no base rate. An "
+            f"set_learning_rate({short_repr(type(state))}): the state holds no base "
+            "rate. An "
             "optimizer given as an instance keeps its own rate, and a schedule has "
             "none: give a number as learning_rate, and the optimizer by name or as a "
             "function."
         )
     if len(places) > 1:
         raise ValueError(
-            f"set_learning_rate({show(type(state))}): the state holds {len(places)} "
+            f"set_learning_rate({short_repr(type(state))}): the state holds "
+            f"{len(places)} "
             "base rates. Set them one by one in their parts of the state."
         )
     node = nodes[places[0]]
@@ -271,3 +266,87 @@ def _has_rate(node: Any) -> bool:
 
 def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
     return put_like(jnp.array(value, old.dtype, copy=True), old)
+
+
+def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
+    """Refuse what is neither a rate nor a schedule, and a schedule with a decay."""
+    if decay_fn is not None and not callable(decay_fn):
+        raise argument_error(
+            call, "decay_fn", decay_fn, "must be a function (rate, step) -> rate."
+        )
+    if is_schedule(learning_rate):
+        if decay_fn is not None:
+            raise argument_error(
+                call,
+                "learning_rate",
+                learning_rate,
+                "a schedule and a decay function exclude each other. Give a number.",
+            )
+        return
+    check_rate_number(call, "learning_rate", learning_rate)
+
+
+def is_schedule(learning_rate: Any) -> bool:
+    """Tell whether ``learning_rate`` is a function of the step."""
+    return callable(learning_rate) and not isinstance(learning_rate, type)
+
+
+def check_rate_number(
+    call: str,
+    argument: str,
+    value: Any,
+    requirement: str = "a finite real number >= 0 or a 0-d array.",
+) -> None:
+    """Refuse ``value`` unless it is a finite real number >= 0 or a 0-d array."""
+    check_number(
+        call,
+        argument,
+        value,
+        lambda number: 0 <= number < float("inf"),
+        requirement,
+    )
+
+
+def check_transformation(call: str, result: Any) -> Any:
+    """Return what an optimizer's factory made if it has ``init`` and ``update``."""
+    if isinstance(result, type) or not (
+        callable(getattr(result, "init", None))
+        and callable(getattr(result, "update", None))
+    ):
+        raise ValueError(
+            f"{call}: the optimizer's function returned {short_repr(result)}, which is "
+            "no "
+            "optax transformation. Return one, such as optax.sgd(rate)."
+        )
+    return result
+
+
+def check_rate_is_outside(call: str, inner: Any) -> None:
+    """Refuse the state of ``optax.inject_hyperparams``, which keeps its first rate."""
+    if any(
+        hasattr(node, "hyperparams")
+        for node in jax.tree.leaves(inner, is_leaf=lambda n: hasattr(n, "hyperparams"))
+    ):
+        raise ValueError(
+            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
+            "state would keep the first learning rate for ever. Pass it unwrapped."
+        )
+
+
+def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
+    """Refuse what a schedule or decay function returned unless it is a real scalar."""
+    dtype = getattr(result, "dtype", None)
+    shape = getattr(result, "shape", ())
+    real = isinstance(result, (int, float)) if dtype is None else _is_real(dtype)
+    if shape != () or not real or isinstance(result, bool):
+        raise argument_error(
+            call,
+            argument,
+            fn,
+            f"must return a real scalar, returned {short_repr(result)}.",
+        )
+    return result
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_int, check_number, is_number, refusal
-from optloss.names import Pattern, assign, is_pattern, leaf_names
-from optloss.packed import Packed, PackedTree, Slot, column, map_rows
+from optloss.messages import argument_error, check_int, check_number, is_number
+from optloss.names import first_match, is_pattern, leaf_names
 from optloss.trees import is_inexact, scale_leaves
+from optloss.typing import Pattern
 
 Multipliers = Mapping[Pattern, float | jax.Array]
 
@@ -61,22 +61,10 @@ def multiply_gradients(
 
     @functools.lru_cache(maxsize=4)
     def resolve(names: tuple[str, ...]) -> list[int | None]:
-        return assign("multiply_gradients", patterns, names, check=False)
-
-    def multiply_rows(rows: jax.Array, slots: tuple[Slot, ...]) -> jax.Array:
-        rules = column(
-            slots,
-            [
-                -1 if i is None else i
-                for i in resolve(tuple(slot.name for slot in slots))
-            ],
-        )
-        for rule, value in enumerate(values):
-            rows = jnp.where(rules == rule, _multiply(rows, value), rows)
-        return rows
+        return first_match("multiply_gradients", patterns, names, check=False)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        assign("multiply_gradients", patterns, leaf_names(params))
+        first_match("multiply_gradients", patterns, leaf_names(params))
         return optax.EmptyState()
 
     def update(
@@ -86,10 +74,6 @@ def multiply_gradients(
         **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
-        if isinstance(updates, Packed):
-            vectors = map_rows(multiply_rows, updates)
-            large, _ = update(updates.tree.large, state)
-            return Packed(PackedTree(vectors, large), updates.layout), state
         leaves, structure = jax.tree.flatten(updates)
         rules = resolve(tuple(leaf_names(updates)))
         scaled = [
@@ -115,12 +99,12 @@ def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
 def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
     """Refuse ``multipliers`` unless it maps names to finite real numbers."""
     if not isinstance(multipliers, Mapping):
-        raise refusal(
+        raise argument_error(
             call, argument, multipliers, "must map parameter names to numbers."
         )
     for pattern, value in multipliers.items():
         if not is_pattern(pattern):
-            raise refusal(
+            raise argument_error(
                 call,
                 argument,
                 multipliers,
@@ -178,7 +162,7 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
         "a real number > 0.",
     )
     if not _is_numbered(pattern):
-        raise refusal(
+        raise argument_error(
             "layerwise_decay",
             "pattern",
             pattern,

@@ -1,7 +1,6 @@
 """Gaussian noise on the gradient."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optloss.mesh import Axes, shard_index, varying_axes
-from optloss.messages import check_number, is_array, refusal
+from optloss.fast.draws import add_normals, split_key
+from optloss.mesh import Axes, AxisName, axes_of, shard_index, varying_axes
+from optloss.messages import argument_error, check_number, is_array
 from optloss.names import leaf_names
-from optloss.packed import ROW, Packed, PackedTree
-from optloss.sampling import Rows, add_normals, split_key
 from optloss.summaries import NOISE_STD
 from optloss.trees import increment, is_inexact
 
@@ -38,7 +36,7 @@ def add_gradient_noise(
     annealing: float | jax.Array = 0.0,
     distribution: str = "normal",
     key: int | jax.Array = 0,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Add independent noise to every element of the gradient.
 
@@ -104,14 +102,14 @@ def add_gradient_noise(
             "a finite real number >= 0 or a 0-d array.",
         )
     if distribution not in DISTRIBUTIONS:
-        raise refusal(
+        raise argument_error(
             "add_gradient_noise",
             "distribution",
             distribution,
             "must be 'normal' or 'truncated_normal'.",
         )
     check_key("add_gradient_noise", "key", key)
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    axes = axes_of(axis_name)
     silent = not is_array(scale) and scale == 0
 
     def init(params: optax.Params) -> NoiseState:
@@ -141,52 +139,29 @@ def add_gradient_noise(
         )
         if silent:
             return updates, new_state
-        add = functools.partial(
-            add_normals,
-            std=std,
-            key_data=state.key,
-            impl=split_key(key)[1],
-            step=state.step,
+        leaves, structure = jax.tree.flatten(updates)
+        names = leaf_names(updates)
+        places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+        members = [leaves[i] for i in places]
+        noisy = add_normals(
+            members,
+            std,
+            state.key,
+            split_key(key)[1],
+            state.step,
+            [names[i] for i in places],
             distribution=distribution,
+            shard_ids=_shard_ids(members, axes),
         )
-        return _add_to(updates, add, axes), new_state
+        for i, leaf in zip(places, noisy, strict=True):
+            leaves[i] = leaf
+        return jax.tree.unflatten(structure, leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _add_to(updates: Any, add: Callable[..., list[jax.Array]], axes: Axes) -> Any:
-    tree = updates.tree.large if isinstance(updates, Packed) else updates
-    leaves, structure = jax.tree.flatten(tree)
-    count = len(leaves)
-    names: list[str | Rows] = [*leaf_names(tree)]
-    if isinstance(updates, Packed):
-        for dtype, slots in updates.layout.vectors:
-            leaves.append(updates.tree.vectors[dtype].reshape(-1, ROW))
-            named = tuple(slot.name for slot in slots)
-            names.append(Rows(named, tuple(slot.size for slot in slots)))
-    places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    noisy = add(
-        [leaves[i] for i in places],
-        names=[names[i] for i in places],
-        salts=_shard_indices([leaves[i] for i in places], axes),
-    )
-    for i, leaf in zip(places, noisy, strict=True):
-        leaves[i] = leaf
-    large = jax.tree.unflatten(structure, leaves[:count])
-    if not isinstance(updates, Packed):
-        return large
-    vectors = {
-        dtype: rows.reshape(-1)
-        for (dtype, _), rows in zip(updates.layout.vectors, leaves[count:], strict=True)
-    }
-    return Packed(PackedTree(vectors, large), updates.layout)
-
-
-def _shard_indices(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
-    @functools.cache
-    def index(over: Axes) -> jax.Array | None:
-        return shard_index(over)
-
+def _shard_ids(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
+    index = functools.cache(shard_index)  # leaves that share one share the array
     return [index(varying_axes(leaf, axes)) for leaf in leaves]
 
 
@@ -202,4 +177,4 @@ def check_key(call: str, argument: str, key: Any) -> None:
     else:
         good = False
     if not good:
-        raise refusal(call, argument, key, "must be an int or a JAX random key.")
+        raise argument_error(call, argument, key, "must be an int or a JAX random key.")

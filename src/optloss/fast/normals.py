@@ -150,23 +150,26 @@ def _two_sided_quantile(u: jax.Array) -> jax.Array:
     return z
 
 
-def counters(like: jax.Array) -> Words:
+def counters(template: jax.Array) -> Words:
     """Return for each element two words of its index, unique beyond 2**32, too."""
-    first = like.ndim
-    while first and math.prod(like.shape[first - 1 :]) <= 2**32:
+    first = template.ndim
+    while first and math.prod(template.shape[first - 1 :]) <= 2**32:
         first -= 1
-    return _index(like, range(first)), _index(like, range(first, like.ndim))
+    return _index(template, range(first)), _index(template, range(first, template.ndim))
 
 
-def _index(like: jax.Array, dimensions: range) -> jax.Array:
+def _index(template: jax.Array, dimensions: range) -> jax.Array:
     total: jax.Array = jnp.uint32(0)
     stride = 1
     for dimension in reversed(dimensions):
         index = lax.broadcasted_iota(
-            jnp.uint32, like.shape, dimension, out_sharding=explicit_sharding(like)
+            jnp.uint32,
+            template.shape,
+            dimension,
+            out_sharding=explicit_sharding(template),
         )
         total = total + index * jnp.uint32(stride)
-        stride *= like.shape[dimension]
+        stride *= template.shape[dimension]
     return total
 
 

@@ -1,0 +1,1 @@
+"""What exists because a compiler is slow, each piece behind one plain function."""
