@@ -38,7 +38,7 @@ def text_of_everything():
 
 def sums(**changed):
     """Return how often a leaf is summed up, beside what the loss sums."""
-    return text_of(**changed).count(" reduce(") - len(PARAMS)
+    return always_run(text_of(**changed)).count(" reduce(") - len(PARAMS)
 
 
 MEASURING = {
@@ -71,14 +71,14 @@ def test_each_gradient_is_summed_once(case):
     assert sums(**MEASURING[case]) == len(PARAMS)
 
 
-def test_norms_of_single_parameters_cost_one_more_sum_each():
-    assert sums(clip_gradients=1.0, summaries=["gradient_norm"]) == 2 * len(PARAMS)
+def test_norms_of_single_parameters_come_from_the_same_sums():
+    assert sums(clip_gradients=1.0, summaries=["gradient_norm"]) == len(PARAMS)
 
 
 def test_the_chain_alone_sums_each_gradient_once():
     tx = optloss.make_optimizer(0.1, "adam", clip_gradients=1.0, skip_nonfinite=True)
     step = jax.jit(tx.update).lower(PARAMS, tx.init(PARAMS), PARAMS).compile()
-    assert step.as_text().count(" reduce(") == len(PARAMS)
+    assert always_run(step.as_text()).count(" reduce(") == len(PARAMS)
 
 
 CALLBACK = re.compile(r"callback|infeed|outfeed| send\(| recv\(")
@@ -133,7 +133,8 @@ def test_histograms_now_and_then_are_work_inside_a_branch_alone():
     text = text_of(summaries=["gradients"], histogram_every=10, clip_gradients=1.0)
     assert HISTOGRAM in text
     assert HISTOGRAM not in always_run(text)
-    assert text.count(" conditional(") == 1
+    # The other is the norm's, for a huge or a tiny one.
+    assert text.count(" conditional(") == 2
 
 
 def test_without_a_counter_there_are_histograms_at_every_step():

@@ -389,7 +389,7 @@ def test_a_draw_is_computed_once_however_many_read_it():
     )
     # One for the large leaf, one for the small ones, and one for all their keys.
     shifts = text.count(" shift-right-logical(")
-    assert 3 * normals.ROUNDS <= shifts < 4 * normals.ROUNDS
+    assert 0 <= shifts - (2 * normals.ROUNDS + 20) < normals.ROUNDS
 
 
 # Devices

@@ -55,9 +55,9 @@ def stages_of(call: str, given: Given) -> Stages:
         if name in given:
             made[name] = check(call, given)
     return Stages(
-        noise=_noise_stage(call, given)._replace(scope="noise"),
+        noise=_noise_stage(given)._replace(scope="noise"),
         multipliers=made["gradient_multipliers"],
-        clip=made["clip_gradients"]._replace(scope="clip"),
+        clip=_clip_stage(given)._replace(scope="clip"),
         optimizer=made["optimizer"]._replace(scope="optimizer"),
         rate_multipliers=made["learning_rate_multipliers"],
     )
@@ -165,7 +165,7 @@ def _check_noise(call: str, given: Given) -> None:
     )
 
 
-def _noise_stage(call: str, given: Given) -> Stage:
+def _noise_stage(given: Given) -> Stage:
     scale, seed = given["gradient_noise_scale"], given["seed"]
     if scale is None:
         return NOTHING
@@ -187,28 +187,38 @@ def _multiplier_stage(argument: str, call: str, given: Given) -> Stage:
     return Stage(f"{argument}({rules})", transform, argument, multipliers)
 
 
-def _clip_stage(call: str, given: Given) -> Stage:
+def _check_clip(call: str, given: Given) -> None:
+    clip = given["clip_gradients"]
+    if clip is None or is_transformation(clip):
+        return
+    if _is_factory(clip):
+        cure = f"is a function that makes a clip. Call it: {_root(clip).__name__}(...)."
+        raise argument_error(call, "clip_gradients", clip, cure)
+    if not _is_function(clip):
+        check_number(
+            call,
+            "clip_gradients",
+            clip,
+            lambda number: number >= 0,
+            "a real number >= 0 (inf only measures), a 0-d array, a transformation "
+            "such as adaptive_clipping(), or a function of (gradient, variable) pairs.",
+        )
+
+
+def _clip_stage(given: Given) -> Stage:
     clip = given["clip_gradients"]
     if clip is None:
         return NOTHING
     if is_transformation(clip):
         return _given_stage(clip)
-    if _is_factory(clip):
-        cure = f"is a function that makes a clip. Call it: {_root(clip).__name__}(...)."
-        raise argument_error(call, "clip_gradients", clip, cure)
-    if callable(clip) and not isinstance(clip, type):
-        text = f"clip_by_function({short_repr(clip)})"
-        return Stage(text, clip_by_function(clip))
-    check_number(
-        call,
-        "clip_gradients",
-        clip,
-        lambda number: number >= 0,
-        "a real number >= 0 (inf only measures), a 0-d array, a transformation such as "
-        "adaptive_clipping(), or a function of (gradient, variable) pairs.",
-    )
+    if _is_function(clip):
+        return Stage(f"clip_by_function({short_repr(clip)})", clip_by_function(clip))
     transform = clip_by_global_norm(clip, axis_name=given["axis_name"])
     return Stage(f"clip_by_global_norm({short_repr(clip)})", transform)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def is_transformation(value: Any) -> bool:
@@ -398,9 +408,8 @@ CHECKS: dict[str, Callable[[str, Given], Any]] = {
     "learning_rate": _check_learning_rate,
     "summaries": _check_summaries,
     "learning_rate_decay_fn": _check_counter,
-    "axis_name": lambda call, given: check_axis_name(call, given["axis_name"]),
     "optimizer": _optimizer_stage,
-    "clip_gradients": _clip_stage,
+    "clip_gradients": _check_clip,
     "gradient_noise_scale": _check_noise,
     "gradient_multipliers": functools.partial(
         _multiplier_stage, "gradient_multipliers"
@@ -419,5 +428,6 @@ CHECKS: dict[str, Callable[[str, Given], Any]] = {
     "skip_nonfinite": _flag("skip_nonfinite"),
     "seed": lambda call, given: check_key(call, "seed", given["seed"]),
     "pack_small_leaves": _check_pack_size,
+    "axis_name": lambda call, given: check_axis_name(call, given["axis_name"]),
     "donate": _flag("donate"),
 }

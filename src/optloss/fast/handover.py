@@ -90,12 +90,15 @@ class _Row(Sequence[Any]):
     def __getitem__(self, place: Any) -> Any:
         if place == LIMITS:
             return None
-        if place == COUNTS:
-            return self._stack[self._row, len(COLUMNS) :].astype(np.int32)
-        part = self._stack[self._row, COLUMNS[place]]
-        if place in INTEGERS:
-            return part.astype(np.int32)
-        return jax.lax.bitcast_convert_type(part, f"float{part.dtype.itemsize * 8}")
+        bytes_each = self._stack.dtype.itemsize
+        # It may be looked at where 64 bits, with which it was made, are off again.
+        with jax.enable_x64(bytes_each == 8 or jax.config.jax_enable_x64):
+            if place == COUNTS:
+                return self._stack[self._row, len(COLUMNS) :].astype(np.int32)
+            part = self._stack[self._row, COLUMNS[place]]
+            if place in INTEGERS:
+                return part.astype(np.int32)
+            return jax.lax.bitcast_convert_type(part, f"float{8 * bytes_each}")
 
 
 def _pack(histogram: Histogram) -> jax.Array:
