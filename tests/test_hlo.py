@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from programs import always_run
 
 import optloss
 from optloss.summaries import OPTIMIZER_SUMMARIES
@@ -101,28 +102,6 @@ def test_a_step_never_calls_the_host():
 
     assert not CALLBACK.search(text_of_everything())
     assert CALLBACK.search(text_of(loss=talkative))
-
-
-def computations(text):
-    """Return the computations of a program by name; the entry's is ''."""
-    found = {}
-    for part in re.split(r"\n\n(?=\S)", text):
-        head = re.match(r"(ENTRY )?%(\S+) \(", part)
-        if head:
-            found["" if head[1] else head[2]] = part
-    return found
-
-
-def always_run(text):
-    """Return the text of all that runs whatever the branches taken."""
-    parts, found, waiting = computations(text), {}, [""]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found[name] = parts[name]
-            called = r"\b(?:calls|to_apply|body|condition)=%([^\s,}]+)"
-            waiting += re.findall(called, parts[name])
-    return "\n".join(found.values())
 
 
 HISTOGRAM = "scatter-add"  # how the values are counted

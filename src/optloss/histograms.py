@@ -138,7 +138,7 @@ class Histogram:
 
     def __repr__(self) -> str:
         """Return the dtype of the values and the leading dimensions."""
-        return f"Histogram({np.result_type(self.min)}{list(self.shape)})"
+        return f"Histogram({jnp.result_type(self.min)}{list(self.shape)})"
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         """Return what JAX handles in the histogram's place."""

@@ -5,7 +5,7 @@ sum of squares alone reaches norms between 1e-19 and 1e19. Blue's remedy has thr
 of the squares, of the squares of all values scaled down, and of all scaled up; the one
 that neither overflows nor underflows gives the norm. All three come out of one pass
 over the values, which costs an accelerator no more than one sum. A CPU computes the
-plain sum, and the others in a branch that it seldom takes.
+plain sum, and in a branch that it seldom takes another one in float64.
 
 Every device of a mesh must come to the same norm, and count each parameter once:
 
@@ -21,7 +21,7 @@ References:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -96,9 +96,10 @@ def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
     half, digits = jnp.finfo(dtype).maxexp // 2, jnp.finfo(dtype).nmant
     down, up, least = 2.0 ** -(half + 16), 2.0 ** (half + digits), 2.0**-half
 
-    def sums(*scales: float) -> list[Leaves]:
+    def sums(*scales: float, wide: DType = dtype) -> list[Leaves]:
         def squares(leaf: jax.Array) -> Leaves:
-            return _sums_of_squares(_real_parts(leaf, dtype), scales)
+            parts = _real_parts(leaf, wide)
+            return [sum(jnp.sum(jnp.square(x * s)) for x in parts) for s in scales]
 
         return _totals(squares, leaves, axes, each)
 
@@ -117,9 +118,15 @@ def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
         roots: Leaves = cond_on_mesh(
             functools.reduce(jnp.logical_and, fine),
             lambda: [*map(jnp.sqrt, plain)],
-            three_sums,
+            three_sums if dtype == jnp.float64 else in_float64,
         )
         return roots
+
+    def in_float64() -> Leaves:
+        # Constant scales would be written to memory in the shape of each leaf.
+        with jax.enable_x64(True):
+            roots = [jnp.sqrt(total) for (total,) in sums(1.0, wide=np.dtype("f8"))]
+            return [jax.lax.convert_element_type(root, dtype) for root in roots]
 
     if axes or explicit_axes(leaves)[1]:
         return three_sums()  # in a single all-reduce
@@ -182,11 +189,6 @@ def _totals(
     rows = [list(row) for row in zip(leaves, *beside, strict=True)]
     found: list[Leaves] = reduce_over_mesh(here, rows, axes)
     return found
-
-
-def _sums_of_squares(parts: Leaves, scales: Sequence[float]) -> Leaves:
-    """Return, for each scale, the sum of the squares of all scaled values."""
-    return [sum(jnp.sum(jnp.square(x * scale)) for x in parts) for scale in scales]
 
 
 def _real_parts(leaf: jax.Array, dtype: DType) -> Leaves:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
+from programs import always_run
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 NONE = contextlib.nullcontext()
@@ -137,9 +138,9 @@ WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8
 
 
 def collectives(compiled):
-    """What each collective instruction of a compiled program moves, counted."""
+    """What each collective of a compiled program moves, counted outside of branches."""
     found = collections.Counter()
-    for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
+    for shapes, kind in COLLECTIVE.findall(always_run(compiled.as_text())):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         sizes = [
             WIDTHS[dtype] * math.prod(int(n) for n in dims.split(",") if n)
