@@ -99,7 +99,7 @@ def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
     def sums(*scales: float, wide: DType = dtype) -> list[Leaves]:
         def squares(leaf: jax.Array) -> Leaves:
             parts = _real_parts(leaf, wide)
-            return [sum(jnp.sum(jnp.square(x * s)) for x in parts) for s in scales]
+            return [sum(_sum_of_squares(x, scale) for x in parts) for scale in scales]
 
         return _totals(squares, leaves, axes, each)
 
@@ -189,6 +189,13 @@ def _totals(
     rows = [list(row) for row in zip(leaves, *beside, strict=True)]
     found: list[Leaves] = reduce_over_mesh(here, rows, axes)
     return found
+
+
+def _sum_of_squares(x: jax.Array, scale: float) -> jax.Array:
+    if scale != 1:
+        # Of a known x, XLA may write (x s) (x s) as x^2 s^2, which is out of reach.
+        x = jnp.minimum(jnp.abs(x * scale), jnp.finfo(x.dtype).max)
+    return jnp.sum(jnp.square(x))
 
 
 def _real_parts(leaf: jax.Array, dtype: DType) -> Leaves:
