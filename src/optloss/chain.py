@@ -18,7 +18,7 @@ import jax
 import optax
 
 from optloss.arguments import Given, as_arrays, stages_of
-from optloss.fast.packing import pack_small_leaves
+from optloss.fast.packing import layout_of, pack, pack_small_leaves
 from optloss.guard import count_skipped, is_finite, start_skipping, update_if
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
@@ -126,6 +126,8 @@ class Chain:
         """Return the norm that the guard looks at, ``None`` where there is none."""
         if not self.skip_nonfinite:
             return None
+        if self.pack_size:  # one sum for all small leaves
+            shaped = pack(shaped, layout_of(shaped, self.pack_size))
         return global_norm(shaped, axis_name=self.axis_name)
 
     def guard(
