@@ -80,7 +80,7 @@ def write(params, characters, length=200, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train a character model.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--clip", default="1.0", help="a number, or none")
     args = parser.parse_args(argv)

@@ -47,7 +47,7 @@ class Net(eqx.Module):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train on digits, with Equinox.")
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args(argv).steps
 

@@ -42,7 +42,7 @@ def loss(model, images, labels):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train on digits, with Flax nnx.")
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args(argv).steps
 

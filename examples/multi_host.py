@@ -140,7 +140,7 @@ def fingerprint(params):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train with several processes.")
     parser.add_argument("folder", type=Path, help="where the checkpoints are")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--coordinator", default="127.0.0.1:12357")

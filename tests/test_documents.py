@@ -101,3 +101,134 @@ def test_wrong_output_of_a_program_is_seen():
     assert "not on the page" in run(program, "a page")
     with pytest.raises(ZeroDivisionError):
         run("```python\n1 / 0\n```\n", "a page")
+
+
+# Prose --------------------------------------------------------------------------------
+
+# To be rewritten together with the benchmarks it reports.
+UNEDITED = {Path("docs/performance.md"), Path("docs/changelog.md")}
+PHRASES = [
+    "a page a ",
+    "when the step is over",
+    "by who has",
+    "is looked at by",
+    "where the noise starts",
+    "stands in a loop",
+    "dearer",
+    "is the business of",
+    "behind",
+    "anew",
+    "the parts",
+    "the chain",
+    "gives in",
+    "give in",
+    "bites",
+]
+SHORT = [
+    page
+    for page in PAGES
+    if page.name in ("README.md", "start.md") or page.parent.name == "recipes"
+]
+LONGEST_MEAN = 20.0
+LINK = re.compile(r"(?<!`)\[(?P<text>[^][]*)\]\((?P<target>[^()\s]+)\)")
+
+
+def prose(text):
+    """Return the paragraphs and list items of a page, without its code."""
+    text = BLOCK.sub("\n\n", text)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^\s*:::.*$|^:\w[\w-]*:.*$|^#.*$|^\|.*$", "", text, flags=re.M)
+    text = re.sub(r"^( {4,}|\(.*\)=$).*$", "", text, flags=re.M)
+    text = re.sub(r"\{\w+\}`[^`]*`|`[^`]*`|\$[^$]*\$", "CODE", text)
+    text = LINK.sub(lambda link: link["text"], text)
+    parts = re.split(r"\n\s*\n|^\s*(?:[*:-]|\d+\.) ", text, flags=re.M)
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def sentence_lengths(text):
+    """Return how many words each sentence of a page has."""
+    sentences = [
+        sentence.split()
+        for paragraph in prose(text)
+        for sentence in re.split(r"(?<=[.!?:])\s+", paragraph)
+    ]
+    return [len(words) for words in sentences if len(words) > 1]
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - UNEDITED), ids=str)
+def test_no_page_has_words_that_users_need_not_learn(page):
+    text = " ".join(prose((ROOT / page).read_text())).lower()
+    assert [x for x in PHRASES if re.search(rf"\b{re.escape(x)}", text)] == []
+
+
+@pytest.mark.parametrize("page", SHORT, ids=str)
+def test_sentences_are_short(page):
+    lengths = sentence_lengths((ROOT / page).read_text())
+    assert sum(lengths) / max(len(lengths), 1) < LONGEST_MEAN
+
+
+def test_prose_is_told_from_code():
+    text = "# T\n\nOne `a b` three. Two words:\n\n```python\nno = 1\n```\n\n* [a b](c) d\n"
+    assert prose(text) == ["One CODE three. Two words:", "a b d"]
+    assert sentence_lengths(text) == [3, 2, 3]
+
+
+# Links --------------------------------------------------------------------------------
+
+
+def anchors(path):
+    """Return the anchors that MyST makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), flags=re.M)
+    kept = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+def broken(target, page):
+    """Return what is wrong with a link of a page: "" if nothing."""
+    if target.startswith("http"):
+        good = re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[\w./%#?=&+~-]*)?", target)
+        return "" if good else f"{target}: not a https address"
+    name, _, anchor = target.partition("#")
+    path = (ROOT / page).parent / name if name else ROOT / page
+    if "gallery" in path.parts:
+        stem = re.sub(r"sphx_glr_|_\d+$", "", path.with_suffix("").name)
+        found = stem == "index" or (ROOT / "examples" / f"{stem}.py").exists()
+        return "" if found else f"{target}: no such example"
+    if not path.exists():
+        return f"{target}: no such file"
+    if anchor and anchor not in anchors(path):
+        return f"{target}: no such heading"
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    targets = [link["target"] for link in LINK.finditer(BLOCK.sub("", text))]
+    targets += re.findall(r"^[`:]{3,}\{(?:figure|literalinclude)\} (\S+)", text, re.M)
+    for target in re.findall(r"^:link: (\S+)$", text, re.M):
+        targets.append(target if target.startswith("gallery") else f"{target}.md")
+    assert [report for x in targets if (report := broken(x, page))] == []
+
+
+def test_a_broken_link_is_seen():
+    page = Path("docs/start.md")
+    assert broken("https://docs.jax.dev", page) == ""
+    assert broken("doors/pod.md", page) == ""
+    assert broken("gallery/plot_noise", page) == ""
+    assert "heading" in broken("doors/pod.md#nowhere", page)
+    assert "file" in broken("nowhere.md", page)
+    assert "example" in broken("gallery/plot_nothing", page)
+    assert "https" in broken("http://docs.jax.dev", page)
+
+
+def test_every_page_is_in_a_table_of_contents():
+    listed = set()
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for entries in re.findall(r"^```\{toctree\}\n(.*?)^```$", text, re.M | re.S):
+            names = [line for line in entries.split() if not line.startswith(":")]
+            listed |= {((ROOT / page).parent / f"{x}.md").resolve() for x in names}
+    pages = {ROOT / page for page in PAGES if page.parts[0] == "docs"}
+    tables = {path for path in pages if path.parent.name == "tables"}
+    assert pages - tables - listed == {DOCS / "index.md"}
