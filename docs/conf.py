@@ -18,7 +18,7 @@ project = "optloss"
 author = "The optloss authors"
 release = version = settings["version"]
 jax, optax = (importlib.metadata.version(name) for name in ("jax", "optax"))
-copyright = (
+copyright = (  # noqa: A001 - so Sphinx calls it
     f"2026, {author}. {settings['license']}. "
     f"optloss {release}, built with jax {jax} and optax {optax}"
 )
@@ -65,7 +65,9 @@ LIBRARIES = {
     "flax": "https://flax.readthedocs.io/en/latest",
 }
 intersphinx_mapping = {
-    name: (url, path) for name, url in LIBRARIES.items() if (path := inventory(name, url))
+    name: (url, path)
+    for name, url in LIBRARIES.items()
+    if (path := inventory(name, url))
 }
 if intersphinx_mapping:
     extensions.append("sphinx.ext.intersphinx")
@@ -113,6 +115,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "min_reported_time": 3600,
     "show_memory": False,
+    "remove_config_comments": True,
     "show_signature": False,
     "write_computation_times": False,
 }

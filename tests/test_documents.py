@@ -137,11 +137,13 @@ def prose(text):
     """Return the paragraphs and list items of a page, without its code."""
     text = BLOCK.sub("\n\n", text)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"^\s*:::.*$|^:\w[\w-]*:.*$|^#.*$|^\|.*$", "", text, flags=re.M)
-    text = re.sub(r"^( {4,}|\(.*\)=$).*$", "", text, flags=re.M)
+    text = re.sub(
+        r"^\s*:::.*$|^:\w[\w-]*:.*$|^#.*$|^\|.*$", "", text, flags=re.MULTILINE
+    )
+    text = re.sub(r"^( {4,}|\(.*\)=$).*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\{\w+\}`[^`]*`|`[^`]*`|\$[^$]*\$", "CODE", text)
     text = LINK.sub(lambda link: link["text"], text)
-    parts = re.split(r"\n\s*\n|^\s*(?:[*:-]|\d+\.) ", text, flags=re.M)
+    parts = re.split(r"\n\s*\n|^\s*(?:[*:-]|\d+\.) ", text, flags=re.MULTILINE)
     return [" ".join(part.split()) for part in parts if part.strip()]
 
 
@@ -168,7 +170,9 @@ def test_sentences_are_short(page):
 
 
 def test_prose_is_told_from_code():
-    text = "# T\n\nOne `a b` three. Two words:\n\n```python\nno = 1\n```\n\n* [a b](c) d\n"
+    text = (
+        "# T\n\nOne `a b` three. Two words:\n\n```python\nno = 1\n```\n\n* [a b](c) d\n"
+    )
     assert prose(text) == ["One CODE three. Two words:", "a b d"]
     assert sentence_lengths(text) == [3, 2, 3]
 
@@ -178,7 +182,9 @@ def test_prose_is_told_from_code():
 
 def anchors(path):
     """Return the anchors that MyST makes of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), flags=re.M)
+    headings = re.findall(
+        r"^#+ (.*)$", BLOCK.sub("", path.read_text()), flags=re.MULTILINE
+    )
     kept = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
     return {heading.replace(" ", "-") for heading in kept}
 
@@ -205,8 +211,10 @@ def broken(target, page):
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     targets = [link["target"] for link in LINK.finditer(BLOCK.sub("", text))]
-    targets += re.findall(r"^[`:]{3,}\{(?:figure|literalinclude)\} (\S+)", text, re.M)
-    for target in re.findall(r"^:link: (\S+)$", text, re.M):
+    targets += re.findall(
+        r"^[`:]{3,}\{(?:figure|literalinclude)\} (\S+)", text, re.MULTILINE
+    )
+    for target in re.findall(r"^:link: (\S+)$", text, re.MULTILINE):
         targets.append(target if target.startswith("gallery") else f"{target}.md")
     assert [report for x in targets if (report := broken(x, page))] == []
 
@@ -226,7 +234,9 @@ def test_every_page_is_in_a_table_of_contents():
     listed = set()
     for page in PAGES:
         text = (ROOT / page).read_text()
-        for entries in re.findall(r"^```\{toctree\}\n(.*?)^```$", text, re.M | re.S):
+        for entries in re.findall(
+            r"^```\{toctree\}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+        ):
             names = [line for line in entries.split() if not line.startswith(":")]
             listed |= {((ROOT / page).parent / f"{x}.md").resolve() for x in names}
     pages = {ROOT / page for page in PAGES if page.parts[0] == "docs"}
