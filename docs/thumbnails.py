@@ -1,6 +1,6 @@
-"""Draw the thumbnails of the gallery's programs: ``python docs/thumbnails.py``.
+"""Draw the gallery's thumbnails: ``python docs/thumbnails.py``.
 
-The programs themselves draw nothing. Each thumbnail shows what its program is about.
+For programs that draw nothing, and for figures that are too tall to be shown small.
 """
 
 import runpy
@@ -66,6 +66,31 @@ def char_model():
     plt.legend()
 
 
+def plot_decays():
+    """Three of the decays."""
+    steps = np.arange(1000)
+    plt.figure(figsize=(4, 2.8))
+    plt.plot(0.1 * 0.5 ** (steps // 200), label="staircase")
+    plt.plot(0.05 * (1 + np.cos(np.pi * steps / 1000)), label="cosine")
+    plt.plot(0.1 * (1 - steps / 1000) ** 2, label="polynomial")
+    plt.xticks([])
+    plt.yticks([])
+    plt.legend()
+
+
+def plot_clipping():
+    """Gradients drawn back to a circle."""
+    gradients = 1.5 * np.random.default_rng(3).normal(size=(40, 2))
+    lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
+    clipped = gradients / np.maximum(lengths, 1)
+    _, axis = plt.subplots(figsize=(4, 2.8))
+    axis.plot(*np.stack([gradients, clipped], 1).T, color="0.8", zorder=1)
+    axis.scatter(*gradients.T, s=15, color="0.5")
+    axis.scatter(*clipped.T, s=20, color="C0")
+    axis.set_aspect("equal")
+    axis.axis("off")
+
+
 def multi_host():
     """Parameters over processes and devices."""
     figure, axis = plt.subplots(figsize=(4, 2.8))
@@ -90,6 +115,14 @@ def multi_host():
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     FOLDER.mkdir(exist_ok=True)
-    for draw in (digits_linen, digits_nnx, digits_equinox, char_model, multi_host):
+    for draw in (
+        digits_linen,
+        digits_nnx,
+        digits_equinox,
+        char_model,
+        multi_host,
+        plot_decays,
+        plot_clipping,
+    ):
         draw()
         save(draw.__name__)

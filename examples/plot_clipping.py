@@ -11,6 +11,8 @@ Three ways to bound a gradient, for 60 gradients of two elements.
   ones more.
 """
 
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/plot_clipping.png'
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt

@@ -7,6 +7,8 @@ rate and the step first. Bind its other arguments, and it is a
 ``learning_rate_decay_fn``.
 """
 
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/plot_decays.png'
+
 from functools import partial
 
 import jax
