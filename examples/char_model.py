@@ -2,14 +2,16 @@
 A character model that explodes without the clip
 ================================================
 
-A recurrent network without gates learns to write Python's own documentation, character
-by character; the text comes with Python. Its gradient is a product of 100 matrices, and
-so now and then huge: within 20 steps of plain SGD everything is NaN. A clip of the norm
-is the classical cure::
+A recurrent network without gates learns to write Python's documentation, character by
+character; the text comes with Python. Its gradient is a product of 100 matrices, so it
+is sometimes huge: within 20 steps of plain SGD everything is NaN. The usual cure is to
+clip the norm::
 
     python examples/char_model.py                 # the norm is clipped at 1
     python examples/char_model.py --clip none     # watch it explode
 """
+
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/char_model.png'
 
 import argparse
 from pydoc_data import topics
@@ -80,7 +82,7 @@ def write(params, characters, length=200, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train a character model.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--clip", default="1.0", help="a number, or none")
     args = parser.parse_args(argv)

@@ -3,11 +3,13 @@ Digits with Equinox
 ===================
 
 The same task with Equinox, which needs no integration. Its modules are trees:
-``eqx.partition`` takes out the arrays to train, ``eqx.combine`` puts them back inside
-the loss, and the ``State`` that its BatchNorm hands on is the ``model_state``::
+``eqx.partition`` separates the arrays to train, and ``eqx.combine`` puts them back
+inside the loss. The ``State`` that its BatchNorm returns is the ``model_state``::
 
     python examples/digits_equinox.py --steps 400
 """
+
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/digits_equinox.png'
 
 import argparse
 from functools import partial
@@ -47,7 +49,7 @@ class Net(eqx.Module):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train on digits, with Equinox.")
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args(argv).steps
 

@@ -4,10 +4,12 @@ Digits with Flax linen
 
 A small convolutional network with BatchNorm and dropout learns to read scikit-learn's
 1,797 handwritten digits. The statistics of BatchNorm are the ``model_state``; the key
-of the dropout goes in with the batch::
+of the dropout is passed with the batch::
 
     python examples/digits_linen.py --steps 400
 """
+
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/digits_linen.png'
 
 import argparse
 from functools import partial
@@ -47,7 +49,7 @@ def loss(params, batch_stats, images, labels, key):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train on digits, with Flax linen.")
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args(argv).steps
 

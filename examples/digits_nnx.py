@@ -3,11 +3,13 @@ Digits with Flax nnx
 ====================
 
 The same task with an nnx module: ``optimize_loss`` of ``optloss.integrations.nnx``
-takes the model itself, and updates it in place. Its BatchNorm statistics and its
-dropout's random stream are carried on without being mentioned::
+takes the model itself and updates it in place, with its BatchNorm statistics and the
+random stream of its dropout::
 
     python examples/digits_nnx.py --steps 400
 """
+
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/digits_nnx.png'
 
 import argparse
 from functools import partial
@@ -42,7 +44,7 @@ def loss(model, images, labels):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description="Train on digits, with Flax nnx.")
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args(argv).steps
 

@@ -2,15 +2,15 @@
 An adaptive threshold follows a run
 ===================================
 
-A regression trained by SGD on batches of which a few hold outliers: they throw the
-gradient's norm up by two orders of magnitude. No fixed bound is right here, because the
-ordinary norm falls a hundredfold during the run. ``adaptive_clipping`` follows it, and
-clips what lies far above.
+A regression is trained by SGD. A few batches hold outliers, which raise the gradient's
+norm by two orders of magnitude. No fixed bound is right here, because the ordinary norm
+falls to a hundredth during the run. ``adaptive_clipping`` follows it, and clips what
+lies far above.
 
 ``statistics="current"``, TensorFlow's algorithm, compares each norm with averages that
-contain it, so that a spike raises the very threshold it is held against.
-``statistics="previous"`` compares with the averages from before: the threshold stays
-where it was.
+contain it. So a spike raises the threshold that it is compared with.
+``statistics="previous"`` compares with the averages before it, so the threshold does
+not move.
 """
 
 import jax
@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 
 import optloss
 
+plt.rcParams.update({"font.size": 12, "lines.linewidth": 1.5})  # to read at 400 px
 STEPS, SPIKES = 400, jnp.array([60, 150, 151, 152, 300])
 true_weights = jnp.linspace(-3, 3, 16)
 
@@ -56,34 +57,40 @@ histories = {
 # %%
 # The norm as it came, the threshold, and the norm as it was let through:
 
-figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, sharey=True)
+figure, axes = plt.subplots(2, 1, figsize=(6, 8), sharex=True, sharey=True)
 for axis, (statistics, history) in zip(axes, histories.items(), strict=True):
     norm = history["global_norm/gradient_norm"]
     threshold = history["global_norm/adaptive_max_gradient_norm"]
-    axis.semilogy(norm, color="0.7", label="norm")
+    axis.semilogy(norm, color="0.75", linewidth=4, label="norm")
     axis.semilogy(threshold, color="C3", label="threshold")
     clipped = history["global_norm/clipped_gradient_norm"]
     axis.semilogy(clipped, color="C0", linewidth=1, label="norm after the clip")
-    axis.set_title(f'statistics="{statistics}"', family="monospace", size=10)
-axes[0].legend(fontsize=8)
+    axis.set_title(f'statistics="{statistics}"', family="monospace", size=13)
+axes[0].legend()
 figure.supxlabel("step")
 figure.tight_layout()
 plt.show()
 
 # %%
-# And what it did to the training: a spike that passes leaves the weights elsewhere.
+# Where the thin blue line covers the grey one, nothing was clipped. Under ``"current"``
+# most spikes raise the red threshold above themselves and pass.
+#
+# A spike that passes throws the weights far away, and the loss has to fall again:
 
-figure, axis = plt.subplots(figsize=(9, 3.5))
+figure, axis = plt.subplots(figsize=(6, 4.5))
 histories["no clip"] = run(None)
-for statistics, history in histories.items():
-    axis.semilogy(history["loss"], linewidth=1, label=statistics)
+for width, (statistics, history) in zip((4, 2, 1), histories.items(), strict=True):
+    axis.semilogy(history["loss"], linewidth=width, label=statistics)
 axis.set(xlabel="step", ylabel="loss", ylim=(5e-3, 1e6))
-axis.legend(fontsize=8)
+axis.legend()
 figure.tight_layout()
 plt.show()
 
 # %%
-# The largest norm that was let through at a spike:
+# The loss of the three runs. The peaks are the losses of the batches with outliers
+# themselves; what differs is the loss after them.
+#
+# The largest norm that passed at a spike:
 
 for statistics, history in histories.items():
     passed = history.get("global_norm/clipped_gradient_norm")

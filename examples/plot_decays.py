@@ -3,9 +3,11 @@ The decays in one picture
 =========================
 
 TensorFlow's nine decay functions, from a rate of 0.1 over 1,000 steps. Each takes the
-rate and the step first, so it becomes a ``learning_rate_decay_fn`` once the rest of its
-arguments is bound.
+rate and the step first. Bind its other arguments, and it is a
+``learning_rate_decay_fn``.
 """
+
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/plot_decays.png'
 
 from functools import partial
 
@@ -15,6 +17,7 @@ import matplotlib.pyplot as plt
 
 import optloss
 
+plt.rcParams.update({"font.size": 12, "lines.linewidth": 1.5})  # to read at 400 px
 N = 1000
 DECAYS = {
     "exponential_decay": [
@@ -67,24 +70,27 @@ DECAYS = {
 }
 
 steps = jnp.arange(N + 1)
-figure, axes = plt.subplots(3, 3, figsize=(10, 8), sharex=True, sharey=True)
+figure, axes = plt.subplots(9, 1, figsize=(6, 22), sharex=True, sharey=True)
 for axis, (name, functions) in zip(axes.flat, DECAYS.items(), strict=True):
-    axis.set_title(name, family="monospace", size=10)
+    axis.set_title(name, family="monospace", size=13)
     for function in functions:
         rates = jax.vmap(partial(function, 0.1))(steps)
         arguments = getattr(function, "keywords", {})
-        label = "\n".join(f"{key}={value}" for key, value in arguments.items())
-        axis.plot(steps, rates, label=label, linewidth=1)
+        label = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        axis.plot(steps, rates, label=label)
     if label:
-        axis.legend(fontsize=6, loc="upper right", frameon=False)
-axes[0, 0].set_ylim(0, 0.15)
+        axis.legend(fontsize=10, loc="upper right", frameon=False)
+axes[0].set_ylim(0, 0.2)
 figure.supxlabel("step")
 figure.supylabel("learning rate")
 figure.tight_layout()
 plt.show()
 
 # %%
-# In a training op: the step is the one before the counter is incremented, so the first
+# Each panel is one function. The legends show its arguments besides the rate, 0.1, and
+# the step.
+#
+# In a training op the step is the one before the counter is incremented, so the first
 # update uses the decay at step 0.
 
 train_op = optloss.optimize_loss(

@@ -2,10 +2,10 @@
 Multipliers in fine-tuning
 ==========================
 
-A network that tells the digits 0 to 4 apart gets a second head, for 5 to 9, and is
-fine-tuned on 25 images of these. The more its lower layers move, the sooner they fit
-the new digits, and the sooner they forget the old ones. Four ways to train it on with
-Adam, over ten draws of the 25 images:
+A network that reads the digits 0 to 4 gets a second head, for 5 to 9, and is fine-tuned
+on 25 images of these. The more its lower layers change, the sooner they fit the new
+digits, and the more they forget of the old ones. Four ways to fine-tune it with Adam,
+over ten draws of the 25 images:
 
 * every layer at the whole rate;
 * slower towards the input: ``learning_rate_multipliers`` made by
@@ -24,6 +24,7 @@ from sklearn import datasets
 
 import optloss
 
+plt.rcParams.update({"font.size": 12, "lines.linewidth": 1.5})  # to read at 400 px
 LAYERS, STEPS, DRAWS, SHOTS = 3, 100, 10, 5
 WIDTHS = {
     "layer_0": (64, 64),
@@ -88,7 +89,7 @@ pretrained, seen = jax.jit(pretrain)()
 print(f"digits 0 to 4 that are read: {seen[-1]:.1%}")
 
 # %%
-# ``describe`` shows what applies to what, before anything is trained.
+# ``describe`` shows which rule applies to which parameter, before anything is trained.
 
 slower_below = optloss.layerwise_decay(0.3, "layer_{}/*", LAYERS)
 train_op = optloss.optimize_loss(
@@ -136,21 +137,25 @@ def fine_tune(key, few, options):
 
 keys = jax.random.split(jax.random.key(1), DRAWS)
 draws = np.stack([draw(seed) for seed in range(DRAWS)])
-figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True)
-axes[0].set(xlabel="step", title="digits 5 to 9 that are read", ylim=(0.2, 1.02))
-axes[1].set(xlabel="step", title="digits 0 to 4 that are still read")
+figure, axes = plt.subplots(2, 1, figsize=(6, 10), sharex=True, sharey=True)
+axes[0].set(title="accuracy on the new digits, 5 to 9", ylim=(0.0, 1.02))
+axes[1].set(xlabel="step", title="accuracy on the old digits, 0 to 4")
 for i, (label, options) in enumerate(WAYS.items()):
     runs = jax.vmap(lambda key, few, options=options: fine_tune(key, few, options))
     for axis, shares in zip(axes, jax.jit(runs)(keys, draws), strict=True):
         mean, error = shares.mean(0), shares.std(0) / np.sqrt(DRAWS)
-        style = "--" if "gradients" in label else "-"
-        axis.plot(mean, style, color=f"C{i}", label=f"{label}: {mean[-1]:.1%}")
+        # Two of the ways are the same to Adam: a thin line on a thick one.
+        width = 5 if label == "whole rate" else 1.5
+        axis.plot(
+            mean, color=f"C{i}", linewidth=width, label=f"{label}: {mean[-1]:.1%}"
+        )
         between = mean - error, mean + error
         axis.fill_between(np.arange(STEPS), *between, color=f"C{i}", alpha=0.15)
 for axis in axes:
-    axis.legend(fontsize=9, loc="lower right")
+    axis.legend(loc="lower right")
 figure.tight_layout()
 plt.show()
 
 # %%
-# Lines are means over the draws, bands the standard error of the mean.
+# Lines are means over the draws, bands the standard error of the mean. The line of the
+# multipliers on the gradient lies on the line of the whole rate: Adam cancels them.

@@ -2,12 +2,9 @@
 Noise leaves a saddle, and a poor minimum
 =========================================
 
-At a saddle the gradient is zero, and a run that starts exactly there stays there: it
-has no reason to go one way or the other. In a shallow minimum it stays as well, because
-all ways lead up. Noise on the gradient gets it out of both, and noise that fades, with
-``annealing``, lets it come to rest afterwards.
-
-Each line is the mean over 20 seeds, each band one standard deviation to either side.
+At a saddle point the gradient is zero, so a run that starts exactly there stays there.
+In a shallow minimum it stays, too. With noise on the gradient it leaves both. Noise
+that becomes weaker, by ``annealing``, lets the run come to rest afterwards.
 """
 
 import jax
@@ -17,6 +14,7 @@ import numpy as np
 
 import optloss
 
+plt.rcParams.update({"font.size": 12, "lines.linewidth": 1.5})  # to read at 400 px
 STEPS, SEEDS = 600, 20
 
 
@@ -65,7 +63,7 @@ PROBLEMS = {  # loss, start, learning rate, noise that is needed
     "a poor minimum": (two_wells, {"x": jnp.array(0.84)}, 0.1, 4.0),
 }
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+figure, axes = plt.subplots(2, 1, figsize=(6, 8.5))
 lowest = {}
 for axis, (title, (loss, start, rate, size)) in zip(
     axes, PROBLEMS.items(), strict=True
@@ -73,21 +71,23 @@ for axis, (title, (loss, start, rate, size)) in zip(
     for label, (scale, annealing) in NOISES.items():
         losses = np.asarray(over_seeds(loss, start, size * scale, annealing, rate))
         mean, std = losses.mean(0), losses.std(0)
-        (line,) = axis.plot(mean, linewidth=1.2, label=label)
+        (line,) = axis.plot(mean, label=label)
         axis.fill_between(
             np.arange(STEPS), mean - std, mean + std, color=line.get_color(), alpha=0.15
         )
         lowest[title, label] = losses[:, -50:].mean(1)
     axis.set(title=title, xlabel="step", ylabel="loss")
-axes[0].legend(fontsize=8, frameon=False)
+axes[0].legend(frameon=False)
 axes[0].set_ylim(-0.35, 0.6)
 axes[1].set_ylim(-0.6, 0.6)
 figure.tight_layout()
 plt.show()
 
 # %%
-# The loss over the last 50 steps: its mean over the seeds, its spread among them, and
-# how many of the 20 came to rest lower.
+# Each line is the mean over 20 seeds, each band one standard deviation to either side.
+#
+# The loss over the last 50 steps: its mean over the seeds, its standard deviation, and
+# how many of the 20 runs ended in the lower minimum.
 
 for (title, label), losses in lowest.items():
     away = int((losses < -0.1).sum())
