@@ -291,7 +291,7 @@ def _takes(function: Any, arguments: int) -> bool:
 
 def _optimizer_stage(call: str, given: Given) -> Stage:
     learning_rate, optimizer = given["learning_rate"], given["optimizer"]
-    decay_fn = given["learning_rate_decay_fn"]
+    decay_fn: Any = given["learning_rate_decay_fn"]
     if decay_fn is not None and not callable(decay_fn):
         cure = "must be a function (learning_rate, step) -> rate."
         raise argument_error(call, "learning_rate_decay_fn", decay_fn, cure)
@@ -398,7 +398,7 @@ def _can_be_packed(call: str, rate: float | None, optimizer: Any) -> bool:
 _named_can_be_packed = functools.cache(_can_be_packed)
 
 
-def _flag(name: str) -> Callable[[str, Given], None]:
+def _flag(name: str) -> Callable[[str, Given], bool]:
     return lambda call, given: check_bool(call, name, given[name])
 
 

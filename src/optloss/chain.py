@@ -91,7 +91,8 @@ class Chain:
             first_match(where, tuple(stage.rules), leaf_names(params))
         trained = select_leaves(params, self.selected(params))
         noise = self.stages.noise.transform.init(trained)
-        state = ChainState(noise, *self._clip_and_optimizer.init(trained))
+        after: PyTree = self._clip_and_optimizer.init(trained)
+        state = ChainState(noise, *after)
         return start_skipping(state) if self.skip_nonfinite else state
 
     def _update(
@@ -154,9 +155,11 @@ class Chain:
         norm: jax.Array | None,
     ) -> tuple[PyTree, ChainState]:
         """Clip, optimize and multiply: the second half."""
-        updates, (clip, optimizer) = self._clip_and_optimizer.update(
-            shaped, (state.clip, state.optimizer), params, gradient_norm=norm, **extra
+        both: PyTree = (state.clip, state.optimizer)
+        updates, both = self._clip_and_optimizer.update(
+            shaped, both, params, gradient_norm=norm, **extra
         )
+        clip, optimizer = both
         multipliers = self.stages.rate_multipliers
         updates, _ = run(multipliers, updates, optax.EmptyState(), params, extra)
         optimizer = keep_dtypes(optimizer, state.optimizer)

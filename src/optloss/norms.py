@@ -21,7 +21,7 @@ References:
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -75,7 +75,8 @@ def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros((), dtype)
-    return _norms(leaves, axes_of(axis_name), np.dtype(dtype), False)[0]
+    norms: Leaves = _norms(leaves, axes_of(axis_name), np.dtype(dtype), False)
+    return norms[0]
 
 
 def leaf_norms(tree: PyTree, *, axis_name: AxisName = None) -> list[jax.Array]:
@@ -99,7 +100,7 @@ def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
     def sums(*scales: float, wide: DType = dtype) -> list[Leaves]:
         def squares(leaf: jax.Array) -> Leaves:
             parts = _real_parts(leaf, wide)
-            return [sum(_sum_of_squares(x, scale) for x in parts) for scale in scales]
+            return [_add([_sum_of_squares(x, s) for x in parts]) for s in scales]
 
         return _totals(squares, leaves, axes, each)
 
@@ -150,7 +151,8 @@ def _measure_jvp(
         # Scaled down at first: 1 / norm is zero where the norm is huge.
         shift = jnp.where(safe > 1, 2.0**-8, 1).astype(dtype)
         pairs = zip(_real_parts(leaf, dtype), _real_parts(move, dtype), strict=True)
-        return [sum(jnp.sum(x * shift * (1 / (safe * shift)) * y) for x, y in pairs)]
+        inverse = 1 / (safe * shift)
+        return [_add([jnp.sum(x * shift * inverse * y) for x, y in pairs])]
 
     beside = norms if each else norms * len(leaves)
     slopes = _totals(along, leaves, axes, each, moves, beside)
@@ -178,9 +180,7 @@ def _totals(
             for row, own in zip(rows, over, strict=True)
         ]
         if not each:
-            totals = [
-                [sum(column[1:], column[0]) for column in zip(*totals, strict=True)]
-            ]
+            totals = [[_add(column) for column in zip(*totals, strict=True)]]
         return jax.lax.psum(totals, used) if used else totals
 
     def copies(used: Axes, own: Axes) -> int:
@@ -189,6 +189,10 @@ def _totals(
     rows = [list(row) for row in zip(leaves, *beside, strict=True)]
     found: list[Leaves] = reduce_over_mesh(here, rows, axes)
     return found
+
+
+def _add(numbers: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, numbers)
 
 
 def _sum_of_squares(x: jax.Array, scale: float) -> jax.Array:

@@ -55,7 +55,7 @@ def in_turn(clip: Stage, optimizer: Stage) -> optax.GradientTransformationExtraA
 
     def update(
         updates: PyTree,
-        state: tuple[PyTree, PyTree],
+        state: PyTree,
         params: PyTree = None,
         *,
         gradient_norm: jax.Array | None = None,

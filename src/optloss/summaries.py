@@ -211,7 +211,8 @@ def _histograms(
         return empty_like(jax.eval_shape(counted))
 
     due = True if step is None else step % asked.histogram_every == 0
-    return jax.lax.cond(due, counted, nothing).summaries()
+    found: Stacked = jax.lax.cond(due, counted, nothing)
+    return found.summaries()
 
 
 def _inexact_names(tree: PyTree) -> list[str]:

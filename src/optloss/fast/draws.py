@@ -137,9 +137,9 @@ def _add(
         noisy: dict[int, jax.Array] = {}
         groups = _groups(leaves, owners) if sampler.ours else []
         for group in groups:
-            keys = tables[owners[group[0]]][np.array(group)]
+            rows = tables[owners[group[0]]][np.array(group)]
             members = [leaves[i] for i in group]
-            sums = _add_together(members, std, keys, sampler, enabled)
+            sums = _add_together(members, std, rows, sampler, enabled)
             noisy |= zip(group, sums, strict=True)
         alone = sorted(set(range(len(leaves))).difference(*groups))
         places = _unknown(alone, enabled)

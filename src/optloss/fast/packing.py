@@ -83,6 +83,7 @@ def pack_small_leaves(
         # The state is laid out by the parameters; a gradient's dtype may differ.
         layout = layout_of(updates if params is None else params, size)
         beside = None if params is None else pack(params, layout)
+        packed: PyTree
         packed, state = inner.update(pack(updates, layout), state, beside, **extra)
         return unpack(packed, updates, layout), state
 

@@ -29,7 +29,10 @@ class ClipState(NamedTuple):
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
-    uniform = True  # every leaf was multiplied by the factor
+    @property
+    def uniform(self) -> bool:
+        """Whether every leaf was multiplied by the factor."""
+        return True
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""

@@ -69,13 +69,13 @@ def skip_nonfinite(
         return start_skipping(inner.init(inexact_only(params)))
 
     def update(
-        updates: optax.Updates,
-        state: SkipNonfiniteState,
-        params: optax.Params | None = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
         value: jax.Array | None = None,
         **extra: PyTree,
-    ) -> tuple[PyTree, SkipNonfiniteState]:
+    ) -> tuple[PyTree, PyTree]:
         gradients, trained = inexact_only(updates), inexact_only(params)
         if value is not None:
             extra["value"] = value
