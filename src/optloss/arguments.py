@@ -291,10 +291,7 @@ def _takes(function: Any, arguments: int) -> bool:
 
 def _optimizer_stage(call: str, given: Given) -> Stage:
     learning_rate, optimizer = given["learning_rate"], given["optimizer"]
-    decay_fn: Any = given["learning_rate_decay_fn"]
-    if decay_fn is not None and not callable(decay_fn):
-        cure = "must be a function (learning_rate, step) -> rate."
-        raise argument_error(call, "learning_rate_decay_fn", decay_fn, cure)
+    decay_fn = _decay_fn(call, given)
     if is_transformation(optimizer):
         if decay_fn is not None and learning_rate is not None:
             warnings.warn(
@@ -314,6 +311,14 @@ def _optimizer_stage(call: str, given: Given) -> Stage:
         rate += f" decayed by {short_repr(decay_fn)}"
     transform = inject_learning_rate(factory, learning_rate, decay_fn)
     return Stage(f"{text} at {rate}", transform)
+
+
+def _decay_fn(call: str, given: Given) -> Any:
+    decay_fn = given["learning_rate_decay_fn"]
+    if decay_fn is not None and not callable(decay_fn):
+        cure = "must be a function (learning_rate, step) -> rate."
+        raise argument_error(call, "learning_rate_decay_fn", decay_fn, cure)
+    return decay_fn
 
 
 def _instance_stage(optimizer: Any) -> Stage:
