@@ -6,11 +6,13 @@ XLA compiles for an H100 and for TPUs on a machine that has neither:
 
     pip install jax==0.10.2 jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 libtpu
 
-The figures do not depend on the machine, but for the seconds. ``bytes`` is what XLA's
-cost analysis says of the optimized program; a body of a loop counts once.
+The figures do not depend on the machine, but for the seconds, which are a CPU's.
+``bytes`` is what XLA's cost analysis says of the optimized program, ``cycles`` what its
+model of a TPU does; a loop counts as one turn.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -26,10 +28,18 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a cloud who i
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU to share
 
 H100 = Path(__file__).with_name("h100.txtpb")
-NEEDED = {"h100": ("jax_cuda12_plugin",), "tpu": ("libtpu",)}
+NEEDED = {"h100": ("jax_cuda12_plugin",), "tpu": ("libtpu",), "tpu64": ("libtpu",)}
+COLLECTIVE = (
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
+    r"collective-broadcast)(-start)?\("
+)
 CONTAINERS = {"kCommandBuffer", "kWhile", "kConditional", "kSequential"}
 
+HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")  # of a computation in HLO
+PLAIN = ("bitcast", "broadcast", "convert", "copy", "reshape")
+
 Figures = dict[str, Any]
+Build = Callable[[list[Any]], tuple[Callable, tuple]]  # of devices: a step, its shapes
 
 
 def missing(target: str) -> list[str]:
@@ -37,7 +47,7 @@ def missing(target: str) -> list[str]:
     return [name for name in NEEDED[target] if importlib.util.find_spec(name) is None]
 
 
-def compile_h100(step: Callable, arguments: tuple) -> tuple[Figures, str]:
+def compile_h100(build: Build) -> tuple[Figures, str]:
     """Return what XLA makes of a step for an H100, and the optimized program."""
     from jax.experimental import topologies
 
@@ -53,9 +63,7 @@ def compile_h100(step: Callable, arguments: tuple) -> tuple[Figures, str]:
             "xla_dump_to": dump,
             "xla_dump_hlo_as_text": True,
         }
-        figures, hlo = compiled(
-            step, arguments, description.devices[0], "cuda", options
-        )
+        figures, hlo = compiled(*build(description.devices), "cuda", options)
         # Written only if the passes changed anything.
         final = sorted(Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt"))
         first = sorted(Path(dump).glob("*.thunk_sequence.txt"))
@@ -63,34 +71,45 @@ def compile_h100(step: Callable, arguments: tuple) -> tuple[Figures, str]:
     return figures, hlo
 
 
+def compile_tpu(build: Build, topology: str = "v5e:1x1") -> tuple[Figures, str]:
+    """Return what XLA makes of a step for a TPU v5e, and the optimized program."""
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(topology, platform="tpu")
+    figures, hlo = compiled(*build(description.devices), "tpu")
+    figures |= {
+        "cycles": cycles(hlo),
+        "loops": len(re.findall(r" while\(", hlo)),
+        "collectives": len(re.findall(COLLECTIVE, hlo)),
+    }
+    return figures, hlo
+
+
 def compiled(
-    step: Callable, arguments: tuple, device: Any, platform: str, options: Any = None
+    step: Callable, arguments: tuple, platform: str, options: Any = None
 ) -> tuple[Figures, str]:
     """Compile a step, its state donated, and return what all compilers tell."""
     import jax
-    from jax.sharding import SingleDeviceSharding
     from jaxlib import _jax
 
-    place = SingleDeviceSharding(device)
-    jitted = jax.jit(step, donate_argnums=0, in_shardings=place, out_shardings=place)
-    start = time.perf_counter()
-    traced = jitted.trace(*arguments)
-    lowered = traced.lower(lowering_platforms=(platform,))
-    traced_at = time.perf_counter()
+    kept = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
+    start = time.process_time()
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+    traced = time.process_time()
     executable = lowered.compile(compiler_options=options).runtime_executable()
-    done = time.perf_counter()
+    done = time.process_time()
     memory = executable.get_compiled_memory_stats()
     (module,) = executable.hlo_modules()
     cost = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
     hlo = module.to_string()
-    state = jax.tree.leaves(traced.out_info[0])
     figures = {
         "bytes": round(cost["bytes accessed"]),
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
-        "copied": copied(hlo, state),
-        "trace_s": round(traced_at - start, 1),
-        "compile_s": round(done - traced_at, 1),
+        "copied": copied(hlo, jax.tree.leaves(arguments[0])),
+        "trace_s": round(traced - start, 1),
+        "compile_s": round(done - traced, 1),
     }
     return figures, hlo
 
@@ -134,7 +153,85 @@ def launches(thunks: str) -> Figures:
     return counts
 
 
-COMPILE = {"h100": compile_h100}
+def cycles(hlo: str) -> int:
+    """Return the cycles that XLA estimates for the kernels of a TPU's program.
+
+    A loop counts as one turn, a branch as its dearest side.
+    """
+    own: dict[str, int] = {}
+    inner: dict[str, list[list[str]]] = {}
+    name = entry = ""
+    for line in hlo.splitlines():
+        if head := HEAD.match(line):
+            name = head[2]
+            entry = name if head[1] else entry
+            own[name], inner[name] = 0, []
+        elif found := re.search(r'"estimated_cycles":"(\d+)"', line):
+            own[name] += int(found[1])
+        if re.search(r" (while|call)\(", line):
+            called = re.findall(r"(?:body|condition|to_apply)=%?([\w.-]+)", line)
+            inner[name] += [[one] for one in called]
+        if " conditional(" in line:
+            sides = re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
+            if several := re.search(r"branch_computations=\{([^}]*)\}", line):
+                sides = re.findall(r"[\w.-]+", several[1])
+            inner[name].append(sides)
+
+    def total(name: str) -> int:
+        return own[name] + sum(max(map(total, sides)) for sides in inner[name])
+
+    return total(entry)
+
+
+def constants(hlo: str) -> list[float | None]:
+    """Return the outputs of a program, None for those that are not known constants."""
+    made: dict[str, dict[str, str]] = {}  # of each computation: names, what makes them
+    roots: dict[str, str] = {}
+    name = entry = ""
+    for line in hlo.splitlines():
+        if head := HEAD.match(line):
+            name = head[2]
+            entry = name if head[1] else entry
+            made[name] = {}
+        elif found := re.match(r" +(ROOT )?%?([\w.-]+) = (.*)", line):
+            made[name][found[2]] = found[3]
+            if found[1]:
+                roots[name] = found[2]
+
+    def value(where: str, what: str, inputs: list[float | None]) -> Any:
+        """Return a number, None, or of a tuple a list of them."""
+        text = made[where][what]
+        operation = re.search(r" ([\w-]+)\(([^()]*)\)", text)
+        if operation is None:
+            return None
+        kind, arguments = operation[1], operation[2]
+        if kind == "constant":
+            literal = arguments.strip("{} ")
+            return float({"true": "1", "false": "0"}.get(literal, literal))
+        if kind == "parameter":
+            return inputs[int(arguments)] if inputs else None
+        operands = re.findall(r"%([\w.-]+)", arguments)
+        if kind not in ("tuple", "get-tuple-element", "fusion", *PLAIN):
+            return None
+        values = [value(where, one, inputs) for one in operands]
+        if kind == "tuple":
+            return values
+        if kind == "fusion":
+            called = re.search(r"calls=%?([\w.-]+)", text)[1]
+            return value(called, roots[called], values)
+        if kind == "get-tuple-element":
+            index = int(re.search(r"index=(\d+)", text)[1])
+            return None if values[0] is None else values[0][index]
+        return values[0]
+
+    return value(entry, roots[entry], [])
+
+
+COMPILE = {
+    "h100": compile_h100,
+    "tpu": compile_tpu,
+    "tpu64": functools.partial(compile_tpu, topology="v5e:8x8"),
+}
 
 
 def main() -> None:
@@ -150,8 +247,7 @@ def main() -> None:
     from programs import Program
 
     program = Program.parse(args.program)
-    step, arguments = program.build()
-    figures, hlo = COMPILE[program.target](step, arguments)
+    figures, hlo = COMPILE[program.target](program.build)
     if args.hlo is not None:
         args.hlo.write_text(hlo)
     print(json.dumps(figures))

@@ -1,6 +1,6 @@
 """What optloss is on GPUs and TPUs: compiled for an H100 and a TPU v5e, beside optax.
 
-    python benchmarks/targets.py                            every cell, some 15 minutes
+    python benchmarks/targets.py                            every cell: half an hour
     python benchmarks/targets.py h100/clip tpu/noise+clip   those whose names begin so
     python benchmarks/targets.py --list
 
@@ -32,6 +32,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "targets.json"
 TABLES = HERE.parent / "docs" / "tables" / "targets.md"
 PACKAGES = ("jax", "jaxlib", "optax", "jax-cuda12-plugin", "libtpu")
+
+Found = dict[str, dict[str, Any]]  # the figures of each program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Cell:
         others = [self.like, *(bar.of for bar in self.bars if bar.of)]
         return list(dict.fromkeys([self.ours, *map(self.optax, others)]))
 
-    def above(self, found: dict[str, dict[str, Any]]) -> list[str]:
+    def above(self, found: Found) -> list[str]:
         """Return what is above its bar."""
         excess = [
             bar.excess(
@@ -108,6 +110,29 @@ def h100(name: str, of: str, share: float, *more: Bar) -> Cell:
     return Cell(f"h100/{name}", like, bars + more)
 
 
+def tpu(name: str, share: float) -> Cell:
+    """Return a cell of one TPU v5e; ``share`` is of the cycles of optax's like."""
+    case = name.split("/")[0]
+    bars = (
+        Bar("loops", 0),
+        Bar("copied", 0),
+        Bar("cycles", 0, share, case),
+        Bar("temporaries", 2e6, 1.05, case),
+    )
+    return Cell(f"tpu/{name}", case, bars)
+
+
+def tpu64(name: str, peak: int, collectives: int) -> Cell:
+    """Return a cell of a mesh of 8 x 8 TPUs, with the figures of commit 9ad8acc."""
+    bars = (
+        Bar("loops", 0),
+        Bar("copied", 0),
+        Bar("peak", peak),
+        Bar("collectives", collectives),
+    )
+    return Cell(f"tpu64/{name}", name.split("/")[0], bars)
+
+
 CELLS = [
     h100("adam/1e7/16", "adam", 1.00),
     h100("clip/1e7/16", "clip", 1.00),
@@ -117,6 +142,18 @@ CELLS = [
     h100("everything/1e7/16", "noise+clip", 1.12),
     h100("clip+gradient_norm/1e7/16", "clip", 1.02),
     h100("clip+guard/1e7/400", "clip", 1.01, Bar("kernels", 1400)),
+    *(
+        tpu(f"{case}/{size}/{form}", share)
+        for case, size, share in (
+            ("clip", "1e8/16", 1.01),
+            ("noise+clip", "1e8/16", 0.95),
+            ("clip+guard", "1e8/16", 0.75),
+            ("network", "1e7/10", 0.85),
+        )
+        for form in ("op", "chain")
+    ),
+    tpu64("clip+guard/1e9/39/op", 318_355_456, 211),
+    tpu64("noise+clip+guard/1e9/39/op", 318_392_320, 258),
 ]
 
 
@@ -142,7 +179,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def remembered() -> dict[str, dict[str, Any]]:
+def remembered() -> Found:
     """Return optax's figures of the last full run, if these packages found them."""
     if not RESULTS.exists():
         return {}
@@ -152,39 +189,58 @@ def remembered() -> dict[str, dict[str, Any]]:
     return {k: v for k, v in last["programs"].items() if k.startswith("optax/")}
 
 
-COLUMNS = {
+FORMS = {
     "launches": ("launches", "{:.0f}", 1),
     "host_waits": ("host waits", "{:.0f}", 1),
+    "loops": ("loops", "{:.0f}", 1),
+    "kernels": ("kernels", "{:.0f}", 1),
+    "collectives": ("collectives", "{:.0f}", 1),
+    "cycles": ("Mcycles", "{:.2f}", 1e-6),
     "bytes": ("MB moved", "{:.1f}", 1e-6),
     "temporaries": ("temporary MB", "{:.1f}", 1e-6),
-    "copied": ("MB not in place", "{:.1f}", 1e-6),
-    "kernels": ("kernels", "{:.0f}", 1),
-    "compile_s": ("compile s", "{:.1f}", 1),
+    "peak": ("peak MB", "{:.0f}", 1e-6),
+    "copied": ("MB not in place", "{:.0f}", 1e-6),
+    "compile_s": ("compile s", "{:.0f}", 1),
 }
+H100 = (
+    "launches", "host_waits", "kernels", "bytes", "temporaries", "copied", "compile_s",
+)  # fmt: skip
+TPU = (
+    "cycles", "loops", "collectives", "bytes", "temporaries", "peak", "copied",
+    "compile_s",
+)  # fmt: skip
 
 
-def shown(figures: dict[str, Any], key: str) -> str:
-    _, form, unit = COLUMNS[key]
-    return form.format(figures[key] * unit) if key in figures else ""
-
-
-def table(cells: list[Cell], found: dict[str, dict[str, Any]]) -> str:
-    """Return a row a cell in Markdown, each figure beside optax's in brackets."""
-    titles = [title for title, _, _ in COLUMNS.values()]
+def table(cells: list[Cell], found: Found, columns: tuple[str, ...]) -> str:
+    """Return a row a cell in Markdown, each figure with optax's in brackets."""
+    ratio = "bytes" if columns == H100 else "cycles"
+    titles = ["cell", *(FORMS[key][0] for key in columns), f"{ratio} to optax", "bars"]
     lines = [
-        "| " + " | ".join(["cell", *titles, "of the bar's MB", ""]) + " |",
-        "|---|" + "---:|" * (len(titles) + 1) + "---|",
+        f"| {' | '.join(titles)} |",
+        f"|---|{'---:|' * (len(columns) + 1)}---|",
     ]
     for cell in cells:
         ours, theirs = found[cell.ours], found[cell.optax(cell.like)]
-        texts = [f"{shown(ours, key)} ({shown(theirs, key)})" for key in COLUMNS]
-        (bar,) = (bar for bar in cell.bars if bar.figure == "bytes")
-        share = ours["bytes"] / found[cell.optax(bar.of)]["bytes"]
-        above = cell.above(found)
-        verdict = "above its bar" if above else "ok"
-        row = [cell.name.split("/", 1)[1], *texts, f"{share:.2f}", verdict]
-        lines.append(f"| {' | '.join(row)} |")
+        texts = []
+        for key in columns:
+            _, form, unit = FORMS[key]
+            pair = [form.format(one[key] * unit) for one in (ours, theirs)]
+            texts.append(f"{pair[0]} ({pair[1]})")
+        of = next((bar.of for bar in cell.bars if bar.figure == ratio), cell.like)
+        share = ours[ratio] / found[cell.optax(of)][ratio]
+        verdict = "above" if cell.above(found) else "ok"
+        lines.append(f"| {' | '.join([cell.name, *texts, f'{share:.3f}', verdict])} |")
     return "\n".join(lines)
+
+
+def page(cells: list[Cell], found: Found) -> str:
+    """Return a table a compiler."""
+    tables = [
+        table(some, found, columns)
+        for columns, of_h100 in ((H100, True), (TPU, False))
+        if (some := [c for c in cells if c.name.startswith("h100/") is of_h100])
+    ]
+    return "\n\n".join(tables) + "\n"
 
 
 def main() -> int:
@@ -210,15 +266,15 @@ def main() -> int:
     for name in bar:
         bar.set_postfix_str(name)
         found[name] = measure(name)
-    printed = table(chosen, found)
+    printed = page(chosen, found)
     print(printed)
     above = [f"{cell.name}: {text}" for cell in chosen for text in cell.above(found)]
-    print("\n" + ("\n".join(above) or "every cell holds its bars"))
+    print("\n".join(above) or "every cell holds its bars")
     if full:
         rows = [{"cell": cell.name, "above": cell.above(found)} for cell in chosen]
         result = {"about": versions(), "cells": rows, "programs": found}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        TABLES.write_text(printed + "\n")
+        TABLES.write_text(printed)
     return int(bool(above))
 
 
