@@ -66,7 +66,7 @@ class Cell:
     """A step of optloss's, its like in optax, and what is asked of it."""
 
     name: str
-    like: str  # the case of optax's program
+    like: str  # the case of optax's program, "": there is none
     bars: tuple[Bar, ...]
 
     @property
@@ -81,8 +81,8 @@ class Cell:
     @property
     def programs(self) -> list[str]:
         """Return the names of what has to be compiled."""
-        others = [self.like, *(bar.of for bar in self.bars if bar.of)]
-        return list(dict.fromkeys([self.ours, *map(self.optax, others)]))
+        others = [self.like, *(bar.of for bar in self.bars)]
+        return [self.ours, *map(self.optax, filter(None, dict.fromkeys(others)))]
 
     def above(self, found: Found) -> list[str]:
         """Return what is above its bar."""
@@ -130,7 +130,7 @@ def tpu64(name: str, peak: int, collectives: int) -> Cell:
         Bar("peak", peak),
         Bar("collectives", collectives),
     )
-    return Cell(f"tpu64/{name}", name.split("/")[0], bars)
+    return Cell(f"tpu64/{name}", "", bars)
 
 
 CELLS = [
@@ -220,16 +220,18 @@ def table(cells: list[Cell], found: Found, columns: tuple[str, ...]) -> str:
         f"|---|{'---:|' * (len(columns) + 1)}---|",
     ]
     for cell in cells:
-        ours, theirs = found[cell.ours], found[cell.optax(cell.like)]
+        both = [found[cell.ours]]
+        both += [found[cell.optax(cell.like)]] if cell.like else []
         texts = []
         for key in columns:
             _, form, unit = FORMS[key]
-            pair = [form.format(one[key] * unit) for one in (ours, theirs)]
-            texts.append(f"{pair[0]} ({pair[1]})")
-        of = next((bar.of for bar in cell.bars if bar.figure == ratio), cell.like)
-        share = ours[ratio] / found[cell.optax(of)][ratio]
-        verdict = "above" if cell.above(found) else "ok"
-        lines.append(f"| {' | '.join([cell.name, *texts, f'{share:.3f}', verdict])} |")
+            ours, *theirs = (form.format(one[key] * unit) for one in both)
+            texts.append(" ".join([ours, *(f"({text})" for text in theirs)]))
+        of = next((bar.of for bar in cell.bars if bar.figure == ratio), "")
+        share = both[0][ratio] / found[cell.optax(of)][ratio] if of else None
+        texts.append("" if share is None else f"{share:.3f}")
+        texts.append("above" if cell.above(found) else "ok")
+        lines.append(f"| {' | '.join([cell.name, *texts])} |")
     return "\n".join(lines)
 
 
