@@ -182,3 +182,14 @@ def soak(session: nox.Session) -> None:
     """Run the long tests, which the suite leaves out."""
     session.install("-e", ".", *groups("test"))
     session.run("pytest", "-m", "soak", *session.posargs)
+
+
+@nox.session(python="3.11")
+def targets(session: nox.Session) -> None:
+    """Compile the steps for an H100 and for TPUs: all, or those given behind ``--``."""
+    compilers = [
+        f"{name}==0.10.2"
+        for name in ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt")
+    ]
+    session.install("-e", ".", *groups("bench"), *compilers, "libtpu==0.0.52")
+    session.run("python", "benchmarks/targets.py", *session.posargs)

@@ -1,0 +1,203 @@
+"""What XLA makes of a step for devices that are not here: a GPU and a TPU.
+
+The benchmarks do the same at the size of networks.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LEAVES, ELEMENTS = 4, 4096
+SIZE = f"{LEAVES * ELEMENTS}/{LEAVES}"
+GRADIENT = 4 * LEAVES * ELEMENTS  # bytes
+CASES = ["clip+guard", "noise+clip", "clip+gradient_norm"]
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The directory of the scripts, importable."""
+    if not (BENCHMARKS / "targets.py").exists():
+        pytest.skip("the benchmarks are not part of this distribution")
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def targets(benchmarks):
+    return benchmarks("targets")
+
+
+@pytest.fixture(scope="module")
+def compilers(benchmarks):
+    return benchmarks("compilers")
+
+
+@pytest.fixture(scope="module")
+def figures(targets, compilers):
+    """Return the figures of a program, compiled once."""
+
+    @functools.cache
+    def of(name, **options):
+        target = name.split("/")[1]
+        if lacking := compilers.missing(target):
+            pytest.skip(f"compiling for {target} takes {' and '.join(lacking)}")
+        return targets.measure(name, **options)
+
+    return of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_runs_a_step_without_the_host(figures, case):
+    step = figures(f"optloss/h100/{case}/{SIZE}")
+    assert step["host_waits"] == 0
+    assert step["launches"] <= 2
+    assert step["copied"] == 0
+
+
+def test_the_guard_allocates_nothing_on_a_gpu(figures):
+    step = figures(f"optloss/h100/clip+guard/{SIZE}")
+    bare = figures(f"optax/h100/clip/{SIZE}")
+    assert step["temporaries"] < GRADIENT / 4
+    assert step["bytes"] <= 1.05 * bare["bytes"]
+
+
+@pytest.mark.parametrize("form", ["op", "chain"])
+@pytest.mark.parametrize("case", ["clip+guard", "noise+clip"])
+def test_a_tpu_runs_a_step_without_loops(figures, case, form):
+    step = figures(f"optloss/tpu/{case}/{SIZE}/{form}")
+    assert step["loops"] == 0
+    assert step["copied"] == 0
+
+
+@pytest.mark.parametrize("form", ["op", "chain"])
+def test_the_guard_costs_less_than_optax_s_on_a_tpu(figures, form):
+    step = figures(f"optloss/tpu/clip+guard/{SIZE}/{form}")
+    optax_s = figures(f"optax/tpu/clip+guard/{SIZE}")
+    assert step["temporaries"] < GRADIENT / 4
+    assert step["cycles"] <= optax_s["cycles"]
+
+
+@pytest.mark.parametrize("target", ["h100", "tpu"])
+def test_the_program_does_not_depend_on_the_host(figures, target, tmp_path):
+    programs = []
+    for cpus in (1, 3):
+        hlo = tmp_path / f"{cpus}.hlo"
+        figures(f"optloss/{target}/noise+clip+guard/{SIZE}", cpus=cpus, hlo=hlo)
+        programs.append(hlo.read_text())
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("target", ["h100", "tpu"])
+@pytest.mark.parametrize("parameters", [8192, 8])
+def test_the_norm_of_known_gradients_is_folded_right(
+    figures, compilers, benchmarks, target, parameters, tmp_path
+):
+    hlo = tmp_path / "known.hlo"
+    figures(f"optloss/{target}/known/{parameters}/2", hlo=hlo)
+    constants = benchmarks("programs").magnitudes(parameters)
+    seen = compilers.constants(hlo.read_text())[-2 * len(constants) :]
+    norms, skipped = seen[::2], seen[1::2]
+    assert skipped == [0] * len(constants)
+    assert norms == [
+        pytest.approx(constant * math.sqrt(parameters), rel=1e-4, abs=0)
+        for constant in constants
+    ]
+
+
+THUNKS = """\
+000: kCommandBuffer [source       | next=011 (1)]
+    001: kCopy         [source       | next=002 (1)] kCopy
+    002: kConditional  [source       | next=003 (1)]
+condition:
+    No thunks.  body:
+    003: kCustomKernel [source       | sink        ] loop_fusion
+004: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+    No thunks.  body:
+    000: kCommandBuffer [source | sink]
+        005: kCustomKernel [source       | next=013 (1)] reduce_fusion
+    006: kConditional  [source       | sink        ]
+007: kKernel        [source       | sink        ] wrapped_add
+"""
+
+HLO = """\
+HloModule m, input_output_alias={ {0}: (0, {}, may-alias), {2}: (1, {}, must-alias) }
+
+%fused (p: f32[]) -> (f32[], f32[]) {
+  %p = f32[]{:T(128)} parameter(0)
+  %two = f32[] constant(2.5e+30)
+  ROOT %t = (f32[], f32[]) tuple(%p, %two)
+}
+
+%body.1 (x: f32[8]) -> f32[8] {
+  ROOT %k = f32[8]{0} add(%x, %x), backend_config={"estimated_cycles":"7"}
+}
+
+%near (x: f32[8]) -> f32[8] {
+  ROOT %k.2 = f32[8]{0} add(%x, %x), backend_config={"estimated_cycles":"30"}
+}
+
+%far (x: f32[8]) -> f32[8] {
+  ROOT %k.3 = f32[8]{0} add(%x, %x), backend_config={"estimated_cycles":"200"}
+}
+
+ENTRY %main.4 (a: f32[8], b: f32[8]) -> (f32[8], f32[], f32[]) {
+  %a = f32[8]{0:T(128)} parameter(0)
+  %one = f32[] constant(-inf)
+  %f = (f32[], f32[]) fusion(%one), calls=%fused, config={"estimated_cycles":"1000"}
+  %g.0 = f32[] get-tuple-element(%f), index=0
+  %g.1 = f32[] get-tuple-element(%f), index=1
+  %w = f32[8]{0} while(%a), condition=%far, body=%body.1
+  %c = f32[8]{0} conditional(%one, %a, %a), branch_computations={%near, %far}
+  %n = pred[] constant(false)
+  ROOT %out = (f32[8], f32[], f32[]) tuple(%c, %g.0, %g.1, %n)
+}
+"""
+
+
+def test_what_is_read_off_a_list_of_thunks(compilers):
+    found = compilers.launches(THUNKS)
+    assert found == {"launches": 3, "host_waits": 2, "kernels": 3, "copies": 1}
+
+
+def test_what_is_read_off_a_program(compilers):
+    assert compilers.cycles(HLO) == 1000 + (200 + 7) + max(30, 200)
+    assert compilers.constants(HLO) == [None, -math.inf, 2.5e30, 0]
+
+
+def test_arrays_that_are_not_updated_in_place_are_counted(compilers):
+    import jax
+    import jax.numpy as jnp
+
+    state = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4,), (3,), (5, 2))]
+    assert compilers.copied(HLO, state) == 3 * 4
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    assert compilers.copied(HLO, [state[0], scalar, state[2]]) == 0
+
+
+def test_bars(targets):
+    absolute = targets.Bar("launches", 2)
+    assert absolute.excess(2, 0) == ""
+    assert absolute.excess(3, 0) == "launches 3, at most 2"
+    rounded = targets.Bar("bytes", 0, 1.01, "clip", decimals=2)
+    assert rounded.excess(101.4, 100) == ""
+    assert rounded.excess(101.6, 100) == "bytes 102, at most 101 (1.01 of optax's clip)"
+    more = targets.Bar("temporaries", 1e6, 1, "clip")
+    assert more.excess(1e6 + 5, 5) == ""
+    assert more.excess(1e6 + 6, 5) == (
+        "temporaries 1,000,006, at most 1,000,005 (1 of optax's clip and 1,000,000)"
+    )
+
+
+def test_the_docs_print_what_was_compiled(targets):
+    last = json.loads(targets.RESULTS.read_text())
+    assert [row["cell"] for row in last["cells"]] == [c.name for c in targets.CELLS]
+    printed = targets.page(targets.CELLS, last["programs"])
+    assert targets.TABLES.read_text() == printed
