@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import optloss
 from optloss import adagc, agc, autoclip, zclip
+from optloss.stages import Stage, looks_at_leaves
 
 UPDATES = 500
 
@@ -460,6 +461,19 @@ def test_shards_are_clipped_by_the_norm_of_the_whole_leaf(name, checked):
     assert_alike(found, name, params)
 
 
+def test_what_looks_at_leaves_is_not_packed():
+    """Not even where no two updates show it: in a warm-up, or with room to spare."""
+    for make, looks in [
+        (adagc, True),
+        (functools.partial(agc, 1e6), True),
+        (functools.partial(agc, exclude="head"), True),
+        (zclip, False),
+        (autoclip, False),
+    ]:
+        for clip in (make(), optax.chain(optax.clip(1.0), make())):
+            assert looks_at_leaves(Stage("", clip)) == looks
+
+
 @every_clip
 def test_it_goes_with_packing_and_into_a_training_op(name):
     params = small_params()
@@ -498,7 +512,7 @@ def test_what_it_measured_is_published(name):
     _, state = train(clip, clip.init(params), np.float32([1, 1.1, 1, 1, 50]), params)
     found = {tag: float(value) for tag, value in optloss.get_summaries(state).items()}
     uniform = hasattr(state, "max_norm")
-    assert getattr(state, "uniform", False) == uniform
+    assert state.uniform == uniform
     assert list(found) == [
         "global_norm/gradient_norm",
         "global_norm/clipped_gradient_norm",

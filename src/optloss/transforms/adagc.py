@@ -54,7 +54,7 @@ from optloss.typing import PyTree, Scalar
 class AdaGCState(NamedTuple):
     """The norm that each leaf is used to, and what was measured at the latest update.
 
-    The factor is that of the global norm. Leaves have factors of their own.
+    The factor is that of the global norm.
     """
 
     step: jax.Array  # int32 [], updates so far
@@ -65,6 +65,8 @@ class AdaGCState(NamedTuple):
     )  # float [leaves], of each leaf's norms; inf where there is none yet
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], global norm after the clip by global norm before it
+
+    uniform = False  # leaves have factors of their own
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""

@@ -53,7 +53,7 @@ from optloss.typing import Pattern, PyTree, Scalar
 class AGCState(NamedTuple):
     """What was measured at the latest update, and how often it clipped.
 
-    The factor is that of the global norm. Units have factors of their own.
+    The factor is that of the global norm.
     """
 
     step: jax.Array  # int32 [], updates so far
@@ -61,6 +61,8 @@ class AGCState(NamedTuple):
     observed: jax.Array  # int32 [], those whose norm was finite
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], global norm after the clip by global norm before it
+
+    uniform = False  # units have factors of their own
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""

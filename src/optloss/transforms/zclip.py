@@ -49,9 +49,9 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
+from optloss.typing import PyTree, Scalar
 
 MODES = ("adaptive", "mean", "threshold")
-from optloss.typing import PyTree, Scalar
 
 
 class ZClipState(NamedTuple):
