@@ -212,13 +212,15 @@ def _unit_norms(leaf: jax.Array, axes: Axes) -> jax.Array:
     largest = jnp.max(jax.lax.stop_gradient(sizes), within, keepdims=True, initial=0)
     if sharded:
         largest = jax.lax.pmax(largest, sharded)
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    total = jnp.sum(jnp.square(sizes / scale), within, keepdims=True)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    scale = jnp.where(usable, largest, 1)
+    # At most 1 anyway, but so XLA cannot make it (x x) / (s s), which is out of reach.
+    parts = jnp.minimum(sizes / scale, 2)
+    total = jnp.sum(jnp.square(parts), within, keepdims=True)
     if sharded:
         total = jax.lax.psum(total, sharded)
     # Not of zero, where the square root has no derivative.
-    norms = scale * jnp.sqrt(jnp.where(largest > 0, total, 1))
-    return jnp.where(largest > 0, norms, largest)
+    return jnp.where(usable, scale * jnp.sqrt(jnp.where(usable, total, 1)), largest)
 
 
 def _with_frozen(params: PyTree) -> PyTree:
