@@ -232,10 +232,11 @@ def test_what_it_measured_is_published():
         "global_norm/adaptive_max_gradient_norm",
         "adaptive/mean",
         "adaptive/sq_mean",
+        "clip_threshold",
     ]
     mean, sq_mean = np.log(1000) / 3, np.log(1000) ** 2 / 3
     bound = np.exp(mean + 0.5 * np.sqrt(sq_mean - mean**2))
-    expected = [1000, 10, 0.01, 1 / 3, bound, mean, sq_mean]
+    expected = [1000, 10, 0.01, 1 / 3, bound, mean, sq_mean, bound]
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-4)
 
 

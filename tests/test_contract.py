@@ -41,6 +41,10 @@ TRANSFORMS = {
     ),
     "adaptive clip": part(optloss.adaptive_clipping, 0.5, static_max_norm=1.0),
     "adaptive clip, previous": part(optloss.adaptive_clipping, statistics="previous"),
+    "zclip": part(optloss.zclip, 0.5, warmup=1),
+    "autoclip": part(optloss.autoclip, 60, history=3),
+    "adagc": part(optloss.adagc, 1.1, warmup=1),
+    "agc": part(optloss.agc, 0.5),
     "rate": part(
         optloss.scale_by_learning_rate, 0.1, lambda rate, step: rate * 0.9**step
     ),
@@ -53,12 +57,14 @@ TRANSFORMS = {
     "everything": everything,
     "everything packed": part(everything, pack_small_leaves=4),
 }
+CLIPS = {"clip", "adaptive clip", "zclip", "autoclip", "adagc", "agc"}
 # Their updates may be float32 until they are applied.
 OPTIMIZERS = {"injected adam", "injected ftrl", "everything", "everything packed"}
 NEED_A_PARAMETER = {"multipliers", "everything", "everything packed"}
 # Functions, which optax.inject_hyperparams would take for schedules, and sizes.
 STATIC = {
     "clip by function": ("fn",),
+    "autoclip": ("history",),
     "rate": ("decay_fn",),
     "injected adam": ("factory",),
     "injected ftrl": ("factory",),
@@ -193,7 +199,7 @@ def assert_passed_on(grads, updates, *, widened):
 
 
 @pytest.mark.parametrize(
-    "name", ["noise", "multipliers", "clip", "adaptive clip", "rate", "guard"]
+    "name", ["noise", "multipliers", *sorted(CLIPS), "rate", "guard"]
 )
 def test_no_nan_is_made_of_an_infinity(name):
     params = {"dense": {"kernel": jnp.ones(3), "wave": jnp.ones(2, jnp.complex64)}}
@@ -234,7 +240,7 @@ def test_it_takes_extra_arguments_of_all_kinds(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(TRANSFORMS.keys() - {"clip by function", "injected ftrl"})
+    "name", sorted(TRANSFORMS.keys() - {"clip by function", "agc", "injected ftrl"})
 )
 def test_it_does_without_params(name):
     transform, params = build(name), plain_parameters()

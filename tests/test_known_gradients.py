@@ -22,6 +22,10 @@ CLIPS = {
     "inf": lambda: float("inf"),
     "adaptive": optloss.adaptive_clipping,
     "previous": lambda: optloss.adaptive_clipping(statistics="previous"),
+    "zclip": optloss.zclip,
+    "autoclip": optloss.autoclip,
+    "adagc": optloss.adagc,
+    "agc": optloss.agc,
 }
 NORM = "OptimizeLoss/global_norm/gradient_norm"
 

@@ -197,6 +197,7 @@ EVERYTHING = {
     "global_norm/adaptive_max_gradient_norm",
     "adaptive/mean",
     "adaptive/sq_mean",
+    "clip_threshold",
     "noise_std",
     "skipped/total",
     "skipped/consecutive",

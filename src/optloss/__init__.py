@@ -25,7 +25,10 @@ from optloss.train_op import StepOutput as StepOutput
 from optloss.train_op import TrainOp as TrainOp
 from optloss.train_op import TrainOpState as TrainOpState
 from optloss.train_op import UpdateContext as UpdateContext
+from optloss.transforms.adagc import adagc as adagc
 from optloss.transforms.adaptive_clipping import adaptive_clipping as adaptive_clipping
+from optloss.transforms.agc import agc as agc
+from optloss.transforms.autoclip import autoclip as autoclip
 from optloss.transforms.clipping import clip_by_function as clip_by_function
 from optloss.transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from optloss.transforms.learning_rate import (
@@ -39,3 +42,4 @@ from optloss.transforms.multipliers import layerwise_decay as layerwise_decay
 from optloss.transforms.multipliers import multiply_gradients as multiply_gradients
 from optloss.transforms.noise import add_gradient_noise as add_gradient_noise
 from optloss.transforms.nonfinite import skip_nonfinite as skip_nonfinite
+from optloss.transforms.zclip import zclip as zclip

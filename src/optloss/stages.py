@@ -90,5 +90,20 @@ def offers_norms(state: PyTree) -> bool:
 def looks_at_leaves(clip: Stage) -> bool:
     """Tell whether ``clip`` would do something else to packed leaves."""
     leaf = jax.ShapeDtypeStruct((), jnp.float32)
-    uniform = getattr(jax.eval_shape(clip.transform.init, leaf), "uniform", False)
-    return not (uniform or is_elementwise(clip.transform))
+    try:
+        state = jax.eval_shape(clip.transform.init, leaf)
+    except ValueError:  # it asks for parameters by their names
+        return True
+    told = [
+        node.uniform
+        for node in jax.tree.leaves(state, is_leaf=_tells_whether_uniform)
+        if _tells_whether_uniform(node)
+    ]
+    # Trying it out does not show what it does after a warm-up.
+    if not all(told):
+        return True
+    return not (_tells_whether_uniform(state) or is_elementwise(clip.transform))
+
+
+def _tells_whether_uniform(state: PyTree) -> bool:
+    return hasattr(state, "uniform")

@@ -37,6 +37,7 @@ SCALARS = {
     "global_norm/adaptive_max_gradient_norm",
     "adaptive/mean",
     "adaptive/sq_mean",
+    "clip_threshold",
     "noise_std",
     "skipped/total",
     "skipped/consecutive",

@@ -37,6 +37,7 @@ from optloss.summaries import (
     ADAPTIVE_MEAN,
     ADAPTIVE_SQ_MEAN,
     CLIP_FACTOR,
+    CLIP_THRESHOLD,
     CLIPPED_GRADIENT_NORM,
     CLIPPED_SHARE,
     GRADIENT_NORM,
@@ -74,6 +75,7 @@ class AdaptiveClippingState(NamedTuple):
             ADAPTIVE_MAX_NORM: self.max_norm,
             ADAPTIVE_MEAN: self.mean,
             ADAPTIVE_SQ_MEAN: self.sq_mean,
+            CLIP_THRESHOLD: self.max_norm,
         }
 
 
@@ -136,7 +138,8 @@ def adaptive_clipping(
         True 1
 
     See also:
-        :func:`clip_by_global_norm`, whose bound is fixed;
+        :func:`clip_by_global_norm`, whose bound is fixed; :func:`zclip`,
+        :func:`autoclip` and :func:`adagc`, whose bounds follow the run otherwise;
         ``optax.adaptive_grad_clip``, an unrelated algorithm (by parameter norm).
 
     References:
