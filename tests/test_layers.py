@@ -20,7 +20,7 @@ HOUSE = (
     ("decays", "summaries"),
     ("guard",),
     ("transforms",),
-    ("per_example", "stages"),
+    ("averages", "loss_scale", "per_example", "stages"),
     ("arguments",),
     ("chain",),
     ("describe",),
