@@ -89,6 +89,11 @@ def is_whole(leaf: jax.Array) -> bool:
 # Manual axes
 
 
+def manual_axes() -> frozenset[str]:
+    """Return the axes of the ``shard_map`` or ``pmap`` that is being traced."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def varying(leaf: Any) -> frozenset[str]:
     """Return the manual axes that ``leaf`` may differ over."""
     # Up to jax 0.9 this was jax.typeof(leaf).vma.
@@ -141,7 +146,7 @@ def cond_on_mesh(
     That refuses branches of which one is replicated where the other is sharded, which
     under ``shard_map`` are different types. Here the result counts as sharded then.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not manual_axes():
         return jax.lax.cond(pred, on_true, on_false)
     over = jax.tree.map(
         lambda *leaves: _varying_together(leaves),
@@ -229,9 +234,19 @@ def _place_traced(leaf: Any, parameter: Any, home: Any) -> Any:
         return jax.sharding.reshard(leaf, sharding)
     if parameter is None or parameter is leaf:
         return leaf
-    # zeros_like(parameter) loses the sharding; a value computed from it has it.
-    never = jnp.abs(parameter) < 0
-    return jnp.where(never, jnp.ones((), leaf.dtype), leaf)
+    return jnp.where(_never(parameter), jnp.ones((), leaf.dtype), leaf)
+
+
+def zeros_like(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """Return zeros that are spread as the traced ``leaf`` is."""
+    zeros = jnp.zeros_like(leaf, dtype)
+    return vary_over(jnp.where(_never(leaf), jnp.ones((), dtype), zeros), varying(leaf))
+
+
+def _never(leaf: jax.Array) -> jax.Array:
+    # With Auto axes zeros_like(leaf) loses the sharding; what is computed from leaf, as
+    # this False everywhere, has it.
+    return jnp.abs(leaf) < 0
 
 
 def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:

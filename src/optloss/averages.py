@@ -1,0 +1,98 @@
+r"""A moving average of the trained parameters, often better than the latest ones.
+
+.. math:: a \leftarrow d\, a + (1 - d)\, p
+
+after each update, from the first parameters on. A constant decay :math:`d` is smaller
+at first, :math:`\min(d, (1 + t) / (10 + t))` at the average's own update :math:`t`, as
+with ``num_updates`` in TensorFlow's ``ExponentialMovingAverage``, so that the first
+parameters are soon forgotten.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import argument_error, is_number
+from optloss.transforms.learning_rate import check_scalar
+from optloss.trees import (
+    increment,
+    map_inexact,
+    norm_dtype,
+    own_copy,
+    real_dtype,
+    to_float32,
+)
+from optloss.typing import PyTree, Scalar
+
+Decay: TypeAlias = float | Callable[[jax.Array], Scalar]
+
+
+class AverageState(NamedTuple):
+    """The average of the trained parameters."""
+
+    step: jax.Array  # int32 [], updates of the average so far
+    params: PyTree  # as the trained parameters; half-precision ones in float32
+
+
+def check_decay(call: str, decay: Any) -> Any:
+    """Return ``decay`` unless it is no number in [0, 1), no function and not None."""
+    if decay is None or callable(decay) or (is_number(decay) and 0 <= decay < 1):
+        return decay
+    raise argument_error(
+        call,
+        "moving_average",
+        decay,
+        "must be a number in [0, 1), a function of the step, or None for no average.",
+    )
+
+
+def start_average(trained: PyTree) -> AverageState:
+    """Return the average before the first update: the parameters themselves."""
+    return AverageState(
+        step=jnp.zeros((), jnp.int32), params=map_inexact(own_copy, to_float32(trained))
+    )
+
+
+def update_average(
+    decay: Decay, state: AverageState, trained: PyTree, step: jax.Array | None
+) -> AverageState:
+    """Return the average after an update to ``trained``, made at ``step``."""
+    share = _share_of_new(decay, state.step, step, norm_dtype(state.params))
+
+    def follow(average: jax.Array, parameter: jax.Array) -> jax.Array:
+        # The same as d a + (1 - d) p, but exact where nothing moves.
+        by = share.astype(real_dtype(average.dtype))
+        return average + by * (parameter.astype(average.dtype) - average)
+
+    return AverageState(
+        step=increment(state.step), params=map_inexact(follow, state.params, trained)
+    )
+
+
+def averaged(state: AverageState, params: PyTree) -> PyTree:
+    """Return ``params`` with averages for what is trained: arrays of their own."""
+
+    def choose(average: Any, parameter: Any) -> Any:
+        if isinstance(average, optax.MaskedNode):
+            return own_copy(parameter)
+        return own_copy(average).astype(parameter.dtype)
+
+    return jax.tree.map(
+        choose, state.params, params, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
+    )
+
+
+def _share_of_new(
+    decay: Decay, updates: jax.Array, step: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """Return 1 - d; without a step, a function is given the average's own."""
+    if not callable(decay):
+        # 1 - (1 + t) / (10 + t), without the loss of digits.
+        return jnp.maximum(1 - decay, 9 / (10 + updates.astype(dtype)))
+    value = decay(updates if step is None else step)
+    return jnp.asarray(
+        1 - check_scalar("optimize_loss", "moving_average", decay, value)
+    )
