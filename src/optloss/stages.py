@@ -27,7 +27,7 @@ NOTHING = Stage("", optax.with_extra_args_support(optax.identity()))
 
 
 class Stages(NamedTuple):
-    """The stages in their order; :data:`NOTHING` where there is none."""
+    """The stages in their order; :data:`NOTHING`, without a text, where there is none."""
 
     noise: Stage = NOTHING
     multipliers: Stage = NOTHING
@@ -89,6 +89,8 @@ def offers_norms(state: PyTree) -> bool:
 
 def looks_at_leaves(clip: Stage) -> bool:
     """Tell whether ``clip`` would do something else to packed leaves."""
+    if not clip.text:
+        return False
     leaf = jax.ShapeDtypeStruct((), jnp.float32)
     try:
         state = jax.eval_shape(clip.transform.init, leaf)

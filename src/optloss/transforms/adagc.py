@@ -60,13 +60,14 @@ class AdaGCState(NamedTuple):
     step: jax.Array  # int32 [], updates so far
     clipped: jax.Array  # int32 [], those in which a leaf was clipped
     observed: jax.Array  # int32 [], those whose norm was finite
-    means: (
-        jax.Array
-    )  # float [leaves], of each leaf's norms; inf where there is none yet
+    means: jax.Array  # float [leaves], of each leaf's norms; inf where none is yet
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], global norm after the clip by global norm before it
 
-    uniform = False  # leaves have factors of their own
+    @property
+    def uniform(self) -> bool:
+        """Whether every leaf was multiplied by the factor: leaves have their own."""
+        return False
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
@@ -170,8 +171,8 @@ def adagc(
         **extra: PyTree,
     ) -> tuple[PyTree, PyTree]:
         del params, extra
-        norms = leaf_norms(updates, axis_name=axis_name)
-        norms = jnp.array(norms, state.means.dtype)
+        each = leaf_norms(updates, axis_name=axis_name)
+        norms = jnp.array(each, state.means.dtype)
         norm = global_norm(norms) if gradient_norm is None else gradient_norm
         norm = jnp.asarray(norm, norms.dtype)
         finite, warm = jnp.isfinite(norm), state.observed < warmup

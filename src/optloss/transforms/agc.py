@@ -23,6 +23,7 @@ authors' code, and from ``optax.adaptive_grad_clip``, which follows it:
 * The norms are float32 for half-precision leaves, and right at every magnitude.
 """
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ import optax
 
 from optloss.mesh import Axes, AxisName, axes_of, varying_axes
 from optloss.messages import argument_error, check_number
-from optloss.names import first_match, is_pattern, is_pattern_list, leaf_names
+from optloss.names import first_match, is_pattern_list, leaf_names
 from optloss.norms import global_norm
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -62,7 +63,10 @@ class AGCState(NamedTuple):
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], global norm after the clip by global norm before it
 
-    uniform = False  # units have factors of their own
+    @property
+    def uniform(self) -> bool:
+        """Whether every leaf was multiplied by the factor: units have their own."""
+        return False
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
@@ -235,7 +239,7 @@ def _with_frozen(params: PyTree) -> PyTree:
 
 
 def _patterns(exclude: Pattern | Collection[Pattern]) -> list[Pattern]:
-    if is_pattern(exclude):
+    if isinstance(exclude, (str, re.Pattern)):
         return [exclude]
     if not is_pattern_list(exclude):
         raise argument_error(
