@@ -209,7 +209,7 @@ def test_what_is_excluded_may_be_frozen():
         (autoclip, {"percentile": 90, "history": 100}),
         (adagc, {}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_spike_is_cut_and_leaves_no_trace(make, options):
     random = np.random.default_rng(2)
