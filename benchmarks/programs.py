@@ -188,7 +188,8 @@ def magnitudes(parameters: int) -> list[float]:
     """Return constants of which so many have a norm that float32 can hold."""
     exponents = (-38, -30, -20, -10, 0, 10, 20, 30, 36, 38)
     some = [0.0, *(10.0**exponent for exponent in exponents)]
-    return [c for c in some if c * parameters**0.5 < jnp.finfo(jnp.float32).max]
+    largest = float(jnp.finfo(jnp.float32).max)
+    return [c for c in some if float(c) * parameters**0.5 < largest]
 
 
 def known_step(constants: list[float]) -> Callable:
