@@ -147,6 +147,6 @@ def test_the_guard_around_a_clip_writes_no_gradient():
     )
     step = jax.jit(train_op.update, donate_argnums=0)
     program = step.lower(jax.eval_shape(train_op.init, large), large).compile()
-    # XLA's CPU compiler of jax 0.10.0 writes the squares of every sum to memory.
-    squares = 0 if jax.__version_info__ >= (0, 10, 2) else 4 * large["w"].size
+    # XLA's CPU compiler of jax 0.10.0 writes what is summed up to memory, in float64.
+    squares = 0 if jax.__version_info__ >= (0, 10, 2) else 8 * large["w"].size
     assert program.memory_analysis().temp_size_in_bytes < 1_000_000 + squares
