@@ -48,7 +48,9 @@ def test_seven_billion_parameters_in_291_leaves(large_model, mesh):
 
 
 def test_the_gradients_are_all_that_a_step_allocates(row):
-    assert row["temporaries"] <= 1.1 * row["gradients"]
+    # XLA's CPU compiler of jax 0.10.0 writes what is summed up to memory, in float64.
+    summed = 0 if jax.__version_info__ >= (0, 10, 2) else 2 * row["gradients"]
+    assert row["temporaries"] <= 1.1 * row["gradients"] + summed
 
 
 def test_the_whole_state_is_updated_in_place(row):
