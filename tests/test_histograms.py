@@ -295,3 +295,9 @@ def test_histograms_of_one_kind_come_back_in_one_array():
         assert_equal(found["h/wide"], oracle(SPREAD[2], np.float64))
         again = Stacked(found).summaries()
     assert jax.tree.all(jax.tree.map(np.array_equal, found, again))
+
+
+def test_limits_of_a_wide_histogram_are_read_where_64_bits_are_off_again():
+    with jax.enable_x64(True):
+        found = histogram(jnp.ones(3, jnp.float64))
+    np.testing.assert_array_equal(found.bucket_limits, bucket_limits(np.float64))

@@ -124,7 +124,12 @@ class Histogram:
         smallest = self.min
         limits = bucket_limits(smallest.dtype)
         limits = np.broadcast_to(limits, (*np.shape(smallest), len(limits)))
-        return jnp.asarray(limits) if isinstance(smallest, jax.Array) else limits
+        if not isinstance(smallest, jax.Array):
+            return limits
+        # It may be looked at where 64 bits, with which it was made, are off again.
+        wide = limits.dtype == np.float64
+        with jax.enable_x64(wide or jax.config.jax_enable_x64):
+            return jnp.asarray(limits)
 
     @property
     def bucket_counts(self) -> Any:
