@@ -141,3 +141,15 @@ def keep_dtypes(new: Any, old: Any) -> Any:
 def inexact_only(tree: Any) -> Any:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Tell whether ``leaf`` is an array whose buffer was donated or deleted."""
+    return isinstance(leaf, jax.Array) and leaf.is_deleted()
+
+
+def is_transformation(value: Any) -> bool:
+    """Tell whether ``value`` is an instance with ``init`` and ``update``."""
+    return not isinstance(value, type) and all(
+        callable(getattr(value, name, None)) for name in ("init", "update")
+    )

@@ -233,7 +233,9 @@ def _key_table(
     root: jax.Array, shard: jax.Array | None, names: tuple[str, ...]
 ) -> jax.Array:
     """Return the words ``[names, words]`` of the keys of all names."""
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    # A name that was read off a disk may be no valid UTF-8.
+    texts = [name.encode(errors="surrogatepass") for name in names]
+    digests = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
     words = jnp.asarray(np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2))
     root = root if shard is None else jax.random.fold_in(root, shard)
     # Of fold_in a vmap is not safe: unsafe_rbg's depends on the size of the batch.

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import optax
 
-from optloss.messages import argument_error
+from optloss.messages import argument_error, quoted
 
 try:
     from flax.training import train_state
@@ -90,7 +90,7 @@ class TrainState(train_state.TrainState):
                 name,
                 fields[name],
                 "the state has no such field. If it is meant for the optimizer, pass "
-                f"extra={{{name!r}: ...}}.",
+                f"extra={{{quoted(name)}: ...}}.",
             )
         tx = optax.with_extra_args_support(self.tx)
         update = functools.partial(tx.update, **(extra or {}))

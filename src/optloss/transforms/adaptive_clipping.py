@@ -30,7 +30,13 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import argument_error, check_number, is_array
+from optloss.messages import (
+    argument_error,
+    check_axis_name,
+    check_choice,
+    check_number,
+    is_array,
+)
 from optloss.norms import global_norm
 from optloss.summaries import (
     ADAPTIVE_MAX_NORM,
@@ -43,6 +49,8 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
+
+STATISTICS = ("current", "previous")
 
 BURN_IN = 5
 """Norms that ``statistics="previous"`` wants to have seen before it cuts one."""
@@ -145,7 +153,9 @@ def adaptive_clipping(
     References:
         ``tf.contrib.layers.adaptive_clipping_fn``, TensorFlow 1.15.
     """
-    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup, statistics)
+    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup)
+    check_choice("adaptive_clipping", "statistics", statistics, STATISTICS)
+    check_axis_name("adaptive_clipping", axis_name)
     previous = statistics == "previous"
 
     def init(params: optax.Params) -> AdaptiveClippingState:
@@ -241,7 +251,6 @@ def _check(
     static_max_norm: Any,
     epsilon: Any,
     decay_warmup: Any,
-    statistics: Any,
 ) -> None:
     call, infinity = "adaptive_clipping", float("inf")
     check_number(
@@ -273,11 +282,9 @@ def _check(
         lambda number: 0 < number < infinity,
         "a finite real number > 0 or a 0-d array.",
     )
-    if not isinstance(decay_warmup, bool) and not is_array(decay_warmup):
+    # `optax.inject_hyperparams` makes an array of a flag.
+    scalar = is_array(decay_warmup) and decay_warmup.shape == ()
+    if not isinstance(decay_warmup, bool) and not scalar:
         raise argument_error(
             call, "decay_warmup", decay_warmup, "must be True or False."
-        )
-    if statistics not in ("current", "previous"):
-        raise argument_error(
-            call, "statistics", statistics, "must be 'current' or 'previous'."
         )
