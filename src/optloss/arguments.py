@@ -130,7 +130,9 @@ def _check_global_step(call: str, given: Given) -> None:
         good = step.shape == () and jnp.issubdtype(step.dtype, jnp.integer)
     else:
         good = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
-    if good and not isinstance(step, jax.Array):
+    if good and isinstance(step, jax.Array):
+        good = not is_deleted(step)
+    elif good:
         good = 0 <= int(step) <= LARGEST_STEP
     if not good:
         cure = (

@@ -31,6 +31,7 @@ from optloss.messages import (
     is_real,
     short_repr,
 )
+from optloss.trees import is_deleted
 
 MOST_TABULATED_CYCLES = 4096
 LARGEST_STEP = np.iinfo(np.int32).max
@@ -571,7 +572,9 @@ def _as_step(call: str, step: Any) -> jax.Array:
     if is_number(step):
         good = abs(step) <= LARGEST_FLOAT
     else:
-        good = is_array(step) and is_real(step.dtype)
+        good = is_array(step) and is_real(step.dtype) and not is_deleted(step)
+    if isinstance(step, np.ndarray) and good:
+        good = bool(np.all(np.isfinite(step)))
     if not good:
         problem = "must be an integer or an array of them. Pass the global step."
         raise argument_error(call, "step", step, problem)

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optloss.trees import is_deleted
+
 MOST_SHOWN = 60
 MOST_OF_A_NAME = 120
 MOST_OF_A_MESSAGE = 2000
@@ -180,6 +182,9 @@ def check_number(
 
     ``requirement`` completes the sentence "must be ...", with what to do behind it.
     """
+    if is_deleted(value):
+        problem = "was deleted when it was donated to an earlier call."
+        raise argument_error(call, argument, value, problem)
     real = is_real_scalar(value)
     if not (real and _is_accepted(accept, value)):
         shown = value[()] if real and isinstance(value, np.ndarray) else value
@@ -242,7 +247,7 @@ def check_key(call: str, argument: str, key: Any) -> None:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
         seed = jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ()
         raw = key.dtype == jnp.uint32 and key.ndim == 1
-        good = typed or seed or raw
+        good = (typed or seed or raw) and not is_deleted(key)
     else:
         good = False
     if not good:

@@ -23,8 +23,9 @@ from optloss.messages import (
     nearest,
     quoted,
     refusal,
+    short_repr,
 )
-from optloss.trees import is_inexact
+from optloss.trees import is_float8, is_inexact
 from optloss.typing import Pattern
 
 Predicate = Callable[[str, Any], bool]
@@ -218,6 +219,14 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
     selected = [
         wanted and is_inexact(leaf) for wanted, leaf in zip(chosen, leaves, strict=True)
     ]
+    for name, leaf, wanted in zip(names, leaves, selected, strict=True):
+        if wanted and is_float8(leaf):
+            raise refusal(
+                call,
+                f"the parameter {quoted(name)} is {short_repr(leaf)}, too coarse to be "
+                "trained. Keep it in bfloat16 and cast it in the loss, or name the "
+                "others with variables.",
+            )
     if names and not any(selected) and variables is not None:
         raise argument_error(
             call,

@@ -19,8 +19,8 @@ from optloss.integrations import tensorboard
 from optloss.integrations.tensorboard import SummaryWriter
 
 NOT_A_STEP = (
-    "must be a Python int. Count the steps in Python: reading one from the device "
-    "would wait for it."
+    "must be a Python int of 64 bits. Count the steps in Python: reading one from the "
+    "device would wait for it."
 )
 NOT_A_VALUE = (
     "must be a real scalar or a Histogram under a str, or those of several steps "

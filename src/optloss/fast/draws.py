@@ -36,6 +36,7 @@ from jax import lax
 
 from optloss.fast.normals import CUT, SIGN, Words, counters, normals, threefry
 from optloss.mesh import cond_on_mesh, explicit_sharding, is_whole
+from optloss.trees import accumulator_dtype
 
 THREEFRY = "threefry2x32"
 
@@ -259,7 +260,7 @@ def _groups(leaves: Leaves, owners: tuple[int, ...]) -> list[list[int]]:
 
 
 def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.promote_types(accumulator_dtype(dtype), jnp.float32)
 
 
 def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:

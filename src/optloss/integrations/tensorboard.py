@@ -111,7 +111,7 @@ class SummaryWriter:
         call = "SummaryWriter.write"
         self._check_usable(call)
         wanted = (
-            "a Python int of at most 64 bits. Count the steps in Python: reading one "
+            "a Python int of 64 bits. Count the steps in Python: reading one "
             "from the device would wait for it."
         )
         step = check_int(call, "step", step, -LARGEST_STEP, wanted, LARGEST_STEP)
@@ -258,14 +258,14 @@ def _check_summaries(summaries: Any) -> int | None:
     if len(shapes) > 1:
         raise refusal(
             "SummaryWriter.write",
-            f"the summaries have the shapes {shapes[0]} and {shapes[1]}. All must be of "
-            "one step, or stacked of equally many.",
+            f"the summaries have the shapes {shapes[0]} and {shapes[1]}. All must be "
+            "of one step, or stacked of equally many.",
         )
     return shapes[0][0] if shapes and shapes[0] else None
 
 
 def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
-    call = f"SummaryWriter.write(summaries[{quoted(tag)}]={_shown(value)})"
+    call = f"SummaryWriter.write(summaries[{quoted(tag)}]={short_repr(value)})"
     parts = value.tree_flatten()[0] if isinstance(value, Histogram) else (value,)
     if any(map(is_traced, parts)):
         raise refusal(
@@ -287,16 +287,12 @@ def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
     return shape
 
 
-def _shown(value: Any) -> str:
-    return "Histogram" if isinstance(value, Histogram) else short_repr(value)
-
-
 def _shape(value: Any) -> tuple[int, ...] | None:
     """Return the shape of real numbers, None where ``value`` is no such array."""
     if isinstance(value, bool) or (is_number(value) and abs(value) < LARGEST_NUMBER):
         return ()
     dtype = getattr(value, "dtype", None)
-    if dtype is None or not (is_real(dtype) or dtype == bool):
+    if dtype is None or not (is_real(dtype) or jnp.issubdtype(dtype, np.bool_)):
         return None
     return tuple(value.shape)
 

@@ -23,6 +23,7 @@ This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
   being high still raise the threshold step by step.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ class AdaptiveClippingState(NamedTuple):
     observed: jax.Array  # int32 [], those whose norm was finite
     mean: jax.Array  # float [], moving average of the log-norm
     sq_mean: jax.Array  # float [], and of its square
-    max_norm: jax.Array  # float [], threshold of the latest update
+    max_norm: jax.Array  # float [], latest threshold; before, the largest float
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
@@ -167,7 +168,7 @@ def adaptive_clipping(
             observed=count.copy(),
             mean=scalar,
             sq_mean=scalar.copy(),
-            max_norm=jnp.full((), jnp.inf, dtype),
+            max_norm=jnp.full((), jnp.finfo(dtype).max, dtype),
             norm=scalar.copy(),
             factor=jnp.ones((), dtype),
         )
@@ -224,12 +225,14 @@ def adaptive_clipping(
             gradient_norm = global_norm(updates, axis_name=axis_name)
         norm = gradient_norm.astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
+        # No infinity, which `jax_debug_infs` would take for a fault.
+        unbounded = _largest_log(norm.dtype)
         if previous:
-            highest = jnp.where(state.observed < BURN_IN, jnp.inf, highest)
+            highest = jnp.where(state.observed < BURN_IN, unbounded, highest)
         mean, sq_mean = follow(state, norm, highest, step)
         if not previous:
             highest, target = log_threshold(mean, sq_mean), mean
-        bound = jnp.exp(highest)
+        bound = jnp.exp(jnp.minimum(highest, unbounded))
         factor = factor_for(norm, bound, jnp.exp(target))
         return scale_leaves(updates, factor), AdaptiveClippingState(
             step=increment(state.step),
@@ -243,6 +246,11 @@ def adaptive_clipping(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _largest_log(dtype: Any) -> float:
+    info = jnp.finfo(dtype)
+    return math.log(float(info.max)) * (1 - 2 * float(info.eps))
 
 
 def _check(
