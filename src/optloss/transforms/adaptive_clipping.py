@@ -232,7 +232,11 @@ def adaptive_clipping(
         mean, sq_mean = follow(state, norm, highest, step)
         if not previous:
             highest, target = log_threshold(mean, sq_mean), mean
-        bound = jnp.exp(jnp.minimum(highest, unbounded))
+        bound = jnp.where(
+            highest < unbounded,
+            jnp.exp(jnp.minimum(highest, unbounded)),
+            jnp.finfo(norm.dtype).max,
+        )
         factor = factor_for(norm, bound, jnp.exp(target))
         return scale_leaves(updates, factor), AdaptiveClippingState(
             step=increment(state.step),
