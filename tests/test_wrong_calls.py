@@ -157,8 +157,6 @@ ACCEPTED: dict[str, set[str]] = {
     | {"10**400", "10**5000"},
     "word": WORDS,
     "encodable word or None": {"None", *WORDS} - {"bad word"},
-    "function of one": {"one argument", "class", "object"} - {"class", "object"},
-    "function of two": {"two arguments"},
     "anything": ANYTHING,
 }
 OR_NONE = {
@@ -226,7 +224,7 @@ def decays():
                {"step": 3, "boundaries": [5], "values": [0.1, 0.2]},
                {"step": {*ANY_FINITE, "vector", "numpy vector", "empty vector",
                          "int vector"},
-                "boundaries": {"int vector"} - {"int vector"},
+                "boundaries": set(),
                 "values": set()})  # fmt: skip
 
 
@@ -279,7 +277,7 @@ def transforms():
                {"multipliers": {"empty dict"}})  # fmt: skip
     yield Case("layerwise_decay", optloss.layerwise_decay,
                {"rate": 0.5, "pattern": "layers_{}/**", "num_layers": 2},
-               {"rate": ABOVE_ZERO, "pattern": set(),
+               {"rate": ABOVE_ZERO - {"2**70"}, "pattern": set(),
                 "num_layers": {"three", "numpy three"}})  # fmt: skip
     for name in ("scale_by_learning_rate", "inject_learning_rate"):
         injects = name.startswith("inject")
@@ -305,7 +303,7 @@ COMMON = {
     "gradient_multipliers": MULTIPLIERS,
     "clip_gradients": {*ACCEPTED["number >= 0 or inf or None"], "one argument"},
     "learning_rate_multipliers": MULTIPLIERS,
-    "variables": {"None", *WORDS, "two arguments"},
+    "variables": {"None", "True", *WORDS, "two arguments"},
     "skip_nonfinite": "bool",
     "seed": "key",
     "pack_small_leaves": "pack size",
@@ -346,7 +344,7 @@ def names():
     yield Case("list_optimizers", optloss.list_optimizers, {}, {"pattern": "word"})
     yield Case("register_optimizer", optloss.register_optimizer,
                {"name": "of_the_wrong_calls", "factory": optax.sgd},
-               {"name": set(),
+               {"name": {"long word"},
                 "factory": {"one argument", "two arguments", "five arguments",
                             "partial"}})  # fmt: skip
 
@@ -355,8 +353,8 @@ TRAINED = {
     *("half", "minus half", "numpy minus half", "numpy half", "device half", "nan"),
     *("numpy nan scalar", "numpy nan", "numpy inf", "inf", "minus inf", "device nan"),
     *("vector", "numpy vector", "empty vector", "complex array", "list", "long list"),
-    *("cyclic list", "shape", "five arguments"),
-} - {"five arguments"}
+    *("cyclic list", "shape"),  # which JAX itself has to judge
+}
 NOT_TRAINED = {
     *("None", "zero", "three", "minus one", "2**31", "list of None", "empty list"),
     *("dict", "empty dict", "key", "keys", "int vector", "bool array", "device three"),
@@ -405,7 +403,7 @@ def integrations():
     yield Case("SummaryWriter.write", write_tag, {}, {"value": shown})
     yield Case("TrainState.apply_gradients", state.apply_gradients,
                {"grads": {"w": jnp.ones(2)}},
-               {"extra": {"None", "empty dict", "dict"}})  # fmt: skip
+               {"extra": {"None", "empty dict"}})  # fmt: skip
     yield Case("optimize_loss", nnx.optimize_loss,
                {"model": model, "loss": lambda model: jnp.sum(model.kernel[...]),
                 **given},
@@ -446,6 +444,9 @@ def trials():
 TRIALS = list(trials())
 
 
+WORD = {"params": "param"}  # of one parameter the message speaks as such
+
+
 def complaint(case, arguments, wanted, shown) -> str | None:
     """Return what is wrong with the refusal of a call, None if it is right."""
     start = time.perf_counter()
@@ -460,7 +461,10 @@ def complaint(case, arguments, wanted, shown) -> str | None:
     spent = time.perf_counter() - start
     if kind is not ValueError:
         return f"{case.name}({shown}) ends in {kind.__name__}: {text[:200]}"
-    if not re.match(case.says or re.escape(case.name), text) or wanted not in text:
+    if (
+        not re.match(case.says or re.escape(case.name), text)
+        or WORD.get(wanted, wanted) not in text
+    ):
         return f"{case.name}({shown}) does not name it: {text[:200]}"
     if len(text) > LONGEST:
         return f"{case.name}({shown}) says {len(text)} letters"

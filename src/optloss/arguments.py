@@ -55,7 +55,6 @@ from optloss.typing import PyTree
 
 Given = Mapping[str, Any]
 
-LARGEST_NUMBER = 2**63
 LARGEST_STEP = 2**31 - 1
 
 
@@ -82,7 +81,7 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
     names = leaf_names(params)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        if is_number(leaf) and abs(leaf) < LARGEST_NUMBER:
+        if is_number(leaf) and _fits(leaf):
             leaves[i] = jnp.asarray(leaf)
         elif not _is_jax_array(leaf):
             raise refusal(
@@ -105,8 +104,16 @@ def _parameter(name: str) -> str:
     return f"the parameter {quoted(name)}" if name else "the tree of parameters"
 
 
+def _fits(number: Any) -> bool:
+    try:
+        jnp.asarray(number)
+    except OverflowError:
+        return False
+    return True
+
+
 def _is_jax_array(leaf: Any) -> bool:
-    if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+    if not (hasattr(leaf, "dtype") and isinstance(getattr(leaf, "shape", None), tuple)):
         return False
     # NumPy has arrays of objects, of text and of dates, which JAX has not.
     return not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in (

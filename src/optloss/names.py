@@ -264,7 +264,10 @@ def is_pattern_list(value: Any) -> bool:
 
 def is_mask(value: Any) -> bool:
     """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
-    leaves = jax.tree.leaves(value)
+    try:
+        leaves = jax.tree.leaves(value)
+    except RecursionError:  # a list that holds itself
+        return False
     return bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
 
 

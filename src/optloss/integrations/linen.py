@@ -80,7 +80,8 @@ class TrainState(train_state.TrainState):
             ValueError: If ``extra`` is no mapping, or the state has no such field.
         """
         call = "TrainState.apply_gradients"
-        if extra is not None and not isinstance(extra, Mapping):
+        named = isinstance(extra, Mapping) and all(isinstance(n, str) for n in extra)
+        if extra is not None and not named:
             cure = "must map names to values, such as {'value': loss}."
             raise argument_error(call, "extra", extra, cure)
         known = {field.name for field in dataclasses.fields(self)}

@@ -31,6 +31,7 @@ from optloss.typing import PyTree
 
 Factory = Callable[..., optax.GradientTransformation]
 
+LONGEST_TEXT = 10_000
 PROBE = (("kernel", (3, 5)), ("bias", (5,)))
 
 OPTAX_NAMES = (
@@ -224,6 +225,8 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
     if "(" not in text:
         return name, {}
     try:
+        if len(text) > LONGEST_TEXT:
+            raise ValueError
         node = ast.parse(text.strip(), mode="eval").body
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
