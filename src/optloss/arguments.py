@@ -107,7 +107,7 @@ def _parameter(name: str) -> str:
 def _fits(number: Any) -> bool:
     try:
         jnp.asarray(number)
-    except OverflowError:
+    except (OverflowError, ValueError):  # beyond int32, or beyond 4,300 digits
         return False
     return True
 

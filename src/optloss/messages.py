@@ -167,7 +167,10 @@ def is_number(value: Any) -> bool:
 def is_real_scalar(value: Any) -> bool:
     """Tell whether ``value`` is a number, or a 0-d array of a real dtype."""
     return is_number(value) or (
-        is_array(value) and value.shape == () and is_real(value.dtype)
+        is_array(value)
+        and value.shape == ()
+        and is_real(value.dtype)
+        and not is_deleted(value)
     )
 
 

@@ -266,7 +266,7 @@ def is_mask(value: Any) -> bool:
     """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
     try:
         leaves = jax.tree.leaves(value)
-    except RecursionError:  # a list that holds itself
+    except (RecursionError, SystemError):  # a list that holds itself
         return False
     return bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
 

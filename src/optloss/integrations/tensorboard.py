@@ -24,6 +24,7 @@ from optloss.mesh import is_traced
 from optloss.messages import (
     argument_error,
     check_int,
+    is_array,
     is_encodable,
     is_number,
     is_real,
@@ -291,8 +292,9 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     """Return the shape of real numbers, None where ``value`` is no such array."""
     if isinstance(value, bool) or (is_number(value) and abs(value) < LARGEST_NUMBER):
         return ()
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or not (is_real(dtype) or jnp.issubdtype(dtype, np.bool_)):
+    if not (is_array(value) or isinstance(value, np.generic)):
+        return None
+    if not (is_real(value.dtype) or jnp.issubdtype(value.dtype, np.bool_)):
         return None
     return tuple(value.shape)
 

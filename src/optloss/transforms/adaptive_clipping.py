@@ -37,6 +37,7 @@ from optloss.messages import (
     check_choice,
     check_number,
     is_array,
+    is_real_scalar,
 )
 from optloss.norms import global_norm
 from optloss.summaries import (
@@ -295,8 +296,9 @@ def _check(
         "a finite real number > 0 or a 0-d array.",
     )
     # `optax.inject_hyperparams` makes an array of a flag.
-    scalar = is_array(decay_warmup) and decay_warmup.shape == ()
-    if not isinstance(decay_warmup, bool) and not scalar:
+    flag = jnp.issubdtype(getattr(decay_warmup, "dtype", None), jnp.bool_)
+    scalar = (flag and decay_warmup.shape == ()) or is_real_scalar(decay_warmup)
+    if not isinstance(decay_warmup, bool) and not (is_array(decay_warmup) and scalar):
         raise argument_error(
             call, "decay_warmup", decay_warmup, "must be True or False."
         )
