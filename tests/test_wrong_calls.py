@@ -268,6 +268,22 @@ def transforms():
                 "static_max_norm": "number >= 0 or inf or None",
                 "epsilon": "number > 0", "decay_warmup": "flag", "statistics": set(),
                 "axis_name": axis})  # fmt: skip
+    whole = {"three", "2**31", "2**70", "numpy three", *DEVICE}
+    yield Case("zclip", optloss.zclip, {},
+               {"z_threshold": "number > 0", "alpha": "number in [0, 1)",
+                "warmup": whole, "mode": set(), "axis_name": axis})  # fmt: skip
+    yield Case("autoclip", optloss.autoclip, {},
+               {"percentile": {"zero", "half", "three", "numpy half", "numpy three",
+                               *DEVICE},
+                "history": {"three", "numpy three"}, "axis_name": axis})  # fmt: skip
+    yield Case("adagc", optloss.adagc, {},
+               {"relative": ABOVE_ZERO - {"half", "numpy half"},
+                "beta": "number in [0, 1)", "warmup": {*whole, "zero"},
+                "absolute": {*ABOVE_ZERO, "inf", "numpy inf"},
+                "axis_name": axis})  # fmt: skip
+    yield Case("agc", optloss.agc, {},
+               {"clipping": "number >= 0 or inf", "epsilon": "number > 0",
+                "exclude": {*WORDS, "empty list"}, "axis_name": axis})  # fmt: skip
     yield Case("skip_nonfinite", optloss.skip_nonfinite, {"inner": optax.sgd(0.1)},
                {"inner": set(), "axis_name": axis})  # fmt: skip
     yield Case("clip_by_function", optloss.clip_by_function, {"fn": lambda p: p},

@@ -228,7 +228,8 @@ def check_choice(call: str, argument: str, value: Any, choices: Iterable[str]) -
     """Refuse ``value`` unless it is one of the texts ``choices``."""
     known = [*choices]
     if not isinstance(value, str) or value not in known:
-        problem = f"must be {' or '.join(map(repr, known))}."
+        first = ", ".join(map(repr, known[:-1]))
+        problem = f"must be {first} or {known[-1]!r}."
         raise argument_error(call, argument, value, problem)
 
 
