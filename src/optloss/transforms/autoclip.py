@@ -39,7 +39,6 @@ from optloss.summaries import (
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import PyTree, Scalar
 
-
 MOST_NORMS = 2**20
 
 
