@@ -7,7 +7,6 @@ with the text that describes it.
 """
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,19 +21,27 @@ from optloss.messages import (
     argument_error,
     check_axis_name,
     check_bool,
+    check_callable,
     check_int,
+    check_key,
     check_number,
     is_array,
+    is_encodable,
     is_number,
     listing,
+    quoted,
+    refusal,
     short_repr,
+    takes,
 )
-from optloss.names import check_variables, leaf_names
+from optloss.names import check_names, check_variables, leaf_names
 from optloss.optimizers.registry import get_factory, title
 from optloss.stages import NOTHING, Stage, Stages
 from optloss.summaries import OPTIMIZER_SUMMARIES
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
 from optloss.transforms.learning_rate import (
+    INJECTED,
+    SCHEDULE,
     check_rate_number,
     check_scalar,
     check_transformation,
@@ -42,10 +49,13 @@ from optloss.transforms.learning_rate import (
     is_schedule,
 )
 from optloss.transforms.multipliers import check_multipliers, multiply_gradients
-from optloss.transforms.noise import add_gradient_noise, check_key
+from optloss.transforms.noise import add_gradient_noise
+from optloss.trees import is_deleted, is_transformation
 from optloss.typing import PyTree
 
 Given = Mapping[str, Any]
+
+LARGEST_STEP = 2**31 - 1
 
 
 def stages_of(call: str, given: Given) -> Stages:
@@ -64,19 +74,51 @@ def stages_of(call: str, given: Given) -> Stages:
 
 
 def as_arrays(call: str, params: PyTree) -> PyTree:
-    """Return ``params`` with numbers as arrays; refuse leaves that are neither."""
+    """Return ``params`` with numbers as arrays.
+
+    Refuse leaves that are neither or whose buffers are gone, and names that collide.
+    """
     leaves, structure = jax.tree.flatten(params)
-    for i, (name, leaf) in enumerate(zip(leaf_names(params), leaves, strict=True)):
-        if is_number(leaf):
+    names = leaf_names(params)
+    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        if is_number(leaf) and _fits(leaf):
             leaves[i] = jnp.asarray(leaf)
-        elif not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
-            raise ValueError(
-                f"{call}: the parameter {name!r} is no array but {short_repr(leaf)}. "
-                "Keep "
-                "such leaves outside, for example with params, static = eqx.partition("
-                "model, eqx.is_inexact_array), and combine them inside the loss."
+        elif not _is_jax_array(leaf):
+            raise refusal(
+                call,
+                f"{_parameter(name)} is no array but {short_repr(leaf)}. Keep such "
+                "leaves outside, for example with params, static = eqx.partition("
+                "model, eqx.is_inexact_array), and combine them inside the loss.",
             )
+        elif is_deleted(leaf):
+            raise refusal(
+                call,
+                f"{_parameter(name)} was deleted when it was donated to an earlier "
+                "call. Take the parameters from what that call returned.",
+            )
+    check_names(call, params)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _parameter(name: str) -> str:
+    return f"the parameter {quoted(name)}" if name else "the tree of parameters"
+
+
+def _fits(number: Any) -> bool:
+    try:
+        jnp.asarray(number)
+    except (OverflowError, ValueError):  # beyond int32, or beyond 4,300 digits
+        return False
+    return True
+
+
+def _is_jax_array(leaf: Any) -> bool:
+    if not (hasattr(leaf, "dtype") and isinstance(getattr(leaf, "shape", None), tuple)):
+        return False
+    # NumPy has arrays of objects, of text and of dates, which JAX has not.
+    return not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in (
+        *"OUSMm",
+    )
 
 
 # The loss and its step
@@ -84,9 +126,7 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
 
 def _check_loss(call: str, given: Given) -> None:
     loss = given["loss"]
-    if not callable(loss):
-        cure = "must be a function loss(params, *args)."
-        raise argument_error(call, "loss", loss, cure)
+    check_callable(call, "loss", loss, 1, "a function loss(params, *args)", more=True)
 
 
 def _check_global_step(call: str, given: Given) -> None:
@@ -96,8 +136,11 @@ def _check_global_step(call: str, given: Given) -> None:
     if is_array(step):
         good = step.shape == () and jnp.issubdtype(step.dtype, jnp.integer)
     else:
-        whole = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
-        good = whole and 0 <= int(step) < 2**31
+        good = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
+    if good and isinstance(step, jax.Array):
+        good = not is_deleted(step)
+    elif good:
+        good = 0 <= int(step) <= LARGEST_STEP
     if not good:
         cure = (
             "must be an int in [0, 2**31) or a 0-d integer array, or None for no "
@@ -114,7 +157,11 @@ def _check_summaries(call: str, given: Given) -> None:
     if isinstance(summaries, str) or not isinstance(summaries, Sequence):
         cure = f"must be a list out of {known}."
         raise argument_error(call, "summaries", summaries, cure)
-    unknown = [entry for entry in summaries if entry not in OPTIMIZER_SUMMARIES]
+    unknown = [
+        entry
+        for entry in summaries
+        if not isinstance(entry, str) or entry not in OPTIMIZER_SUMMARIES
+    ]
     if unknown:
         cure = f"unknown: {listing(unknown)}. Choose out of {known}."
         raise argument_error(call, "summaries", summaries, cure)
@@ -137,14 +184,19 @@ def _check_update_ops(call: str, given: Given) -> None:
     ops = given["update_ops"]
     if ops is None:
         return
-    if not isinstance(ops, Sequence) or not all(map(callable, ops)):
+    if isinstance(ops, (str, bytes)) or not (
+        isinstance(ops, Sequence) and all(map(callable, ops))
+    ):
         cure = "must be a list of functions op(model_state, context) -> model_state."
         raise argument_error(call, "update_ops", ops, cure)
+    wanted = "a function op(model_state, context) -> model_state"
+    for i, op in enumerate(ops):
+        check_callable(call, f"update_ops[{i}]", op, 2, wanted)
 
 
 def _check_name(call: str, given: Given) -> None:
     name = given["name"]
-    if name is not None and not isinstance(name, str):
+    if name is not None and not (isinstance(name, str) and is_encodable(name)):
         raise argument_error(call, "name", name, "must be a str; '' for no prefix.")
 
 
@@ -194,7 +246,10 @@ def _check_clip(call: str, given: Given) -> None:
     if _is_factory(clip):
         cure = f"is a function that makes a clip. Call it: {_root(clip).__name__}(...)."
         raise argument_error(call, "clip_gradients", clip, cure)
-    if not _is_function(clip):
+    if _is_function(clip):
+        wanted = "a function of a list of (gradient, variable) pairs"
+        check_callable(call, "clip_gradients", clip, 1, wanted)
+    else:
         check_number(
             call,
             "clip_gradients",
@@ -219,13 +274,6 @@ def _clip_stage(given: Given) -> Stage:
 
 def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
-
-
-def is_transformation(value: Any) -> bool:
-    """Tell whether ``value`` is an instance with ``init`` and ``update``."""
-    return not isinstance(value, type) and all(
-        callable(getattr(value, name, None)) for name in ("init", "update")
-    )
 
 
 def name_of(transform: Any) -> str:
@@ -264,29 +312,24 @@ def _check_learning_rate(call: str, given: Given) -> None:
                 "instance or a function without arguments."
             )
             raise argument_error(call, "learning_rate", None, cure)
-    elif not is_schedule(learning_rate):
+    elif is_schedule(learning_rate):
+        check_callable(call, "learning_rate", learning_rate, 1, SCHEDULE)
+        if given["learning_rate_decay_fn"] is not None:
+            cure = (
+                "a schedule and learning_rate_decay_fn exclude each other. Give a "
+                "number."
+            )
+            raise argument_error(call, "learning_rate", learning_rate, cure)
+    else:
         cure = (
             "a finite real number >= 0, a 0-d array or a schedule (a function of the "
             "step)."
         )
         check_rate_number(call, "learning_rate", learning_rate, cure)
-    elif given["learning_rate_decay_fn"] is not None:
-        cure = (
-            "a schedule and learning_rate_decay_fn exclude each other. Give a number."
-        )
-        raise argument_error(call, "learning_rate", learning_rate, cure)
 
 
 def _takes(function: Any, arguments: int) -> bool:
-    if isinstance(function, str) or not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind(*range(arguments))
-    except TypeError:
-        return False
-    except ValueError:  # a builtin that tells no signature
-        return True
-    return True
+    return callable(function) and takes(function, arguments)
 
 
 def _optimizer_stage(call: str, given: Given) -> Stage:
@@ -315,9 +358,9 @@ def _optimizer_stage(call: str, given: Given) -> Stage:
 
 def _decay_fn(call: str, given: Given) -> Any:
     decay_fn = given["learning_rate_decay_fn"]
-    if decay_fn is not None and not callable(decay_fn):
-        cure = "must be a function (learning_rate, step) -> rate."
-        raise argument_error(call, "learning_rate_decay_fn", decay_fn, cure)
+    if decay_fn is not None:
+        wanted = "a function (learning_rate, step) -> rate"
+        check_callable(call, "learning_rate_decay_fn", decay_fn, 2, wanted)
     return decay_fn
 
 
@@ -349,10 +392,7 @@ def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
     def build(rate: jax.Array) -> tuple[()]:
         made = check_transformation(call, factory(rate))
         if name_of(made) == "inject_hyperparams":
-            raise ValueError(
-                f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
-                "state would keep the first learning rate for ever. Pass it unwrapped."
-            )
+            raise refusal(call, INJECTED)
         return ()
 
     jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.float32))
@@ -428,7 +468,12 @@ CHECKS: dict[str, Callable[[str, Given], Any]] = {
         _multiplier_stage, "learning_rate_multipliers"
     ),
     "histogram_every": lambda call, given: check_int(
-        call, "histogram_every", given["histogram_every"], 1, "an int >= 1."
+        call,
+        "histogram_every",
+        given["histogram_every"],
+        1,
+        "an int in [1, 2**31).",
+        LARGEST_STEP,
     ),
     "skip_nonfinite": _flag("skip_nonfinite"),
     "seed": lambda call, given: check_key(call, "seed", given["seed"]),

@@ -136,7 +136,7 @@ def optimize_loss(
             if summaries is None
             else tuple(summaries),
             name="OptimizeLoss" if name is None else name,
-            histogram_every=histogram_every,
+            histogram_every=int(histogram_every),
             axis_name=axis_name,
         ),
         colocate_gradients_with_ops=colocate_gradients_with_ops,

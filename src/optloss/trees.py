@@ -20,6 +20,11 @@ def is_inexact(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
+def is_float8(leaf: Any) -> bool:
+    """Tell whether ``leaf`` is floating, and too coarse to add an update to."""
+    return is_inexact(leaf) and jnp.finfo(leaf.dtype).bits < 16
+
+
 def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply ``fn`` to the inexact leaves of ``tree`` (and what ``rest`` has there)."""
     return jax.tree.map(
@@ -31,6 +36,8 @@ def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def accumulator_dtype(dtype: Any) -> Any:
     """Return the dtype sums over ``dtype`` are kept in: at least float32, same kind."""
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
+        return jnp.dtype(jnp.float32)  # which JAX does not promote float8 to by itself
     return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
 
 
@@ -141,3 +148,16 @@ def keep_dtypes(new: Any, old: Any) -> Any:
 def inexact_only(tree: Any) -> Any:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Tell whether ``leaf`` is an array whose buffer was donated or deleted."""
+    # A traced value has no placement, and refuses to be asked.
+    return hasattr(leaf, "committed") and bool(leaf.is_deleted())
+
+
+def is_transformation(value: Any) -> bool:
+    """Tell whether ``value`` is an instance with ``init`` and ``update``."""
+    return not isinstance(value, type) and all(
+        callable(getattr(value, name, None)) for name in ("init", "update")
+    )

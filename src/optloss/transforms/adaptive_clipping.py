@@ -23,6 +23,7 @@ This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
   being high still raise the threshold step by step.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,14 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import argument_error, check_number, is_array
+from optloss.messages import (
+    argument_error,
+    check_axis_name,
+    check_choice,
+    check_number,
+    is_array,
+    is_real_scalar,
+)
 from optloss.norms import global_norm
 from optloss.summaries import (
     ADAPTIVE_MAX_NORM,
@@ -44,6 +52,8 @@ from optloss.summaries import (
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
 
+STATISTICS = ("current", "previous")
+
 BURN_IN = 5
 """Norms that ``statistics="previous"`` wants to have seen before it cuts one."""
 
@@ -56,7 +66,7 @@ class AdaptiveClippingState(NamedTuple):
     observed: jax.Array  # int32 [], those whose norm was finite
     mean: jax.Array  # float [], moving average of the log-norm
     sq_mean: jax.Array  # float [], and of its square
-    max_norm: jax.Array  # float [], threshold of the latest update
+    max_norm: jax.Array  # float [], latest threshold; before, the largest float
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
@@ -145,7 +155,9 @@ def adaptive_clipping(
     References:
         ``tf.contrib.layers.adaptive_clipping_fn``, TensorFlow 1.15.
     """
-    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup, statistics)
+    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup)
+    check_choice("adaptive_clipping", "statistics", statistics, STATISTICS)
+    check_axis_name("adaptive_clipping", axis_name)
     previous = statistics == "previous"
 
     def init(params: optax.Params) -> AdaptiveClippingState:
@@ -157,7 +169,7 @@ def adaptive_clipping(
             observed=count.copy(),
             mean=scalar,
             sq_mean=scalar.copy(),
-            max_norm=jnp.full((), jnp.inf, dtype),
+            max_norm=jnp.full((), jnp.finfo(dtype).max, dtype),
             norm=scalar.copy(),
             factor=jnp.ones((), dtype),
         )
@@ -214,12 +226,18 @@ def adaptive_clipping(
             gradient_norm = global_norm(updates, axis_name=axis_name)
         norm = gradient_norm.astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
+        # No infinity, which `jax_debug_infs` would take for a fault.
+        unbounded = _largest_log(norm.dtype)
         if previous:
-            highest = jnp.where(state.observed < BURN_IN, jnp.inf, highest)
+            highest = jnp.where(state.observed < BURN_IN, unbounded, highest)
         mean, sq_mean = follow(state, norm, highest, step)
         if not previous:
             highest, target = log_threshold(mean, sq_mean), mean
-        bound = jnp.exp(highest)
+        bound = jnp.where(
+            highest < unbounded,
+            jnp.exp(jnp.minimum(highest, unbounded)),
+            jnp.finfo(norm.dtype).max,
+        )
         factor = factor_for(norm, bound, jnp.exp(target))
         return scale_leaves(updates, factor), AdaptiveClippingState(
             step=increment(state.step),
@@ -235,13 +253,17 @@ def adaptive_clipping(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _largest_log(dtype: Any) -> float:
+    info = jnp.finfo(dtype)
+    return math.log(float(info.max)) * (1 - 2 * float(info.eps))
+
+
 def _check(
     std_factor: Any,
     decay: Any,
     static_max_norm: Any,
     epsilon: Any,
     decay_warmup: Any,
-    statistics: Any,
 ) -> None:
     call, infinity = "adaptive_clipping", float("inf")
     check_number(
@@ -273,11 +295,10 @@ def _check(
         lambda number: 0 < number < infinity,
         "a finite real number > 0 or a 0-d array.",
     )
-    if not isinstance(decay_warmup, bool) and not is_array(decay_warmup):
+    # `optax.inject_hyperparams` makes an array of a flag.
+    flag = jnp.issubdtype(getattr(decay_warmup, "dtype", None), jnp.bool_)
+    scalar = (flag and decay_warmup.shape == ()) or is_real_scalar(decay_warmup)
+    if not isinstance(decay_warmup, bool) and not (is_array(decay_warmup) and scalar):
         raise argument_error(
             call, "decay_warmup", decay_warmup, "must be True or False."
-        )
-    if statistics not in ("current", "previous"):
-        raise argument_error(
-            call, "statistics", statistics, "must be 'current' or 'previous'."
         )

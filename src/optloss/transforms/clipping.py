@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import argument_error, check_number, short_repr
+from optloss.messages import (
+    argument_error,
+    check_axis_name,
+    check_callable,
+    check_number,
+    refusal,
+    short_repr,
+)
 from optloss.norms import global_norm
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -99,6 +106,7 @@ def clip_by_global_norm(
         lambda number: number >= 0,
         "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
     )
+    check_axis_name("clip_by_global_norm", axis_name)
 
     def init(params: optax.Params) -> ClipState:
         dtype = norm_dtype(params)
@@ -121,7 +129,9 @@ def clip_by_global_norm(
         if gradient_norm is None:
             gradient_norm = global_norm(updates, axis_name=axis_name)
         norm = gradient_norm.astype(state.norm.dtype)
-        bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
+        # An infinite bound is the largest float, which no finite norm exceeds either.
+        bound = jnp.asarray(max_norm, norm.dtype)
+        bound = jnp.clip(bound, 0, jnp.finfo(norm.dtype).max)
         outside = (norm > bound) & jnp.isfinite(norm)
         factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
         new_state = ClipState(
@@ -169,10 +179,7 @@ def clip_by_function(
     See also:
         :func:`clip_by_global_norm`, :func:`adaptive_clipping`.
     """
-    if not callable(fn):
-        raise argument_error(
-            "clip_by_function", "fn", fn, "must be a function of a list of pairs."
-        )
+    check_callable("clip_by_function", "fn", fn, 1, "a function of a list of pairs")
 
     def init(params: optax.Params) -> optax.EmptyState:
         del params
@@ -186,9 +193,10 @@ def clip_by_function(
     ) -> tuple[Any, Any]:
         del extra
         if params is None:
-            raise ValueError(
-                "clip_by_function: the function is given (gradient, variable) pairs, "
-                "so update(updates, state, params) needs params."
+            raise refusal(
+                "clip_by_function",
+                "the function is given (gradient, variable) pairs, so "
+                "update(updates, state, params) needs params.",
             )
         leaves, structure = jax.tree.flatten(updates)
         variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))

@@ -8,12 +8,21 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import put_like
-from optloss.messages import argument_error, check_number, is_array, short_repr
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    check_number,
+    is_array,
+    is_real_scalar,
+    refusal,
+    short_repr,
+)
 from optloss.summaries import LEARNING_RATE
 from optloss.trees import (
     increment,
     inexact_only,
     is_inexact,
+    is_transformation,
     keep_dtypes,
     merge_leaves,
     scale_leaves,
@@ -23,6 +32,12 @@ from optloss.trees import (
 Rate = float | jax.Array | optax.Schedule
 DecayFn = Callable[[jax.Array, jax.Array], jax.Array]
 Factory = Callable[[jax.Array], optax.GradientTransformation]
+
+SCHEDULE = "a schedule, a function step -> rate"
+INJECTED = (
+    "the optimizer is wrapped in optax.inject_hyperparams, whose state would keep the "
+    "first learning rate for ever. Pass it unwrapped."
+)
 
 
 class LearningRateState(NamedTuple):
@@ -130,13 +145,8 @@ def inject_learning_rate(
         ``optax.inject_hyperparams``, which casts the rate to the parameters' dtype:
         with bfloat16 parameters ``adam`` then gives NaN at the first update.
     """
-    if not callable(factory):
-        raise argument_error(
-            "inject_learning_rate",
-            "factory",
-            factory,
-            "must be a function of the learning rate, such as optax.adam.",
-        )
+    wanted = "a function of the learning rate, such as optax.adam"
+    check_callable("inject_learning_rate", "factory", factory, 1, wanted)
 
     def build(rate: jax.Array) -> optax.GradientTransformation:
         return _in_float32(check_transformation("inject_learning_rate", factory(rate)))
@@ -242,18 +252,17 @@ def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
     nodes, structure = jax.tree.flatten(state, is_leaf=_has_rate)
     places = [i for i, node in enumerate(nodes) if _has_rate(node)]
     if not places or any(nodes[i].base is None for i in places):
-        raise ValueError(
-            f"set_learning_rate({short_repr(type(state))}): the state holds no base "
-            "rate. An "
-            "optimizer given as an instance keeps its own rate, and a schedule has "
-            "none: give a number as learning_rate, and the optimizer by name or as a "
-            "function."
+        raise refusal(
+            f"set_learning_rate({short_repr(type(state))})",
+            "the state holds no base rate. An optimizer given as an instance keeps its "
+            "own rate, and a schedule has none: give a number as learning_rate, and "
+            "the optimizer by name or as a function.",
         )
     if len(places) > 1:
-        raise ValueError(
-            f"set_learning_rate({short_repr(type(state))}): the state holds "
-            f"{len(places)} "
-            "base rates. Set them one by one in their parts of the state."
+        raise refusal(
+            f"set_learning_rate({short_repr(type(state))})",
+            f"the state holds {len(places)} base rates. Set them one by one in their "
+            "parts of the state.",
         )
     node = nodes[places[0]]
     nodes[places[0]] = node._replace(base=_beside(node.base, value))
@@ -270,11 +279,11 @@ def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
 
 def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
     """Refuse what is neither a rate nor a schedule, and a schedule with a decay."""
-    if decay_fn is not None and not callable(decay_fn):
-        raise argument_error(
-            call, "decay_fn", decay_fn, "must be a function (rate, step) -> rate."
-        )
+    if decay_fn is not None:
+        wanted = "a function (rate, step) -> rate"
+        check_callable(call, "decay_fn", decay_fn, 2, wanted)
     if is_schedule(learning_rate):
+        check_callable(call, "learning_rate", learning_rate, 1, SCHEDULE)
         if decay_fn is not None:
             raise argument_error(
                 call,
@@ -309,14 +318,11 @@ def check_rate_number(
 
 def check_transformation(call: str, result: Any) -> Any:
     """Return what an optimizer's factory made if it has ``init`` and ``update``."""
-    if isinstance(result, type) or not (
-        callable(getattr(result, "init", None))
-        and callable(getattr(result, "update", None))
-    ):
-        raise ValueError(
-            f"{call}: the optimizer's function returned {short_repr(result)}, which is "
-            "no "
-            "optax transformation. Return one, such as optax.sgd(rate)."
+    if not is_transformation(result):
+        raise refusal(
+            call,
+            f"the optimizer's function returned {short_repr(result)}, which is no "
+            "optax transformation. Return one, such as optax.sgd(rate).",
         )
     return result
 
@@ -327,18 +333,12 @@ def check_rate_is_outside(call: str, inner: Any) -> None:
         hasattr(node, "hyperparams")
         for node in jax.tree.leaves(inner, is_leaf=lambda n: hasattr(n, "hyperparams"))
     ):
-        raise ValueError(
-            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
-            "state would keep the first learning rate for ever. Pass it unwrapped."
-        )
+        raise refusal(call, INJECTED)
 
 
 def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
     """Refuse what a schedule or decay function returned unless it is a real scalar."""
-    dtype = getattr(result, "dtype", None)
-    shape = getattr(result, "shape", ())
-    real = isinstance(result, (int, float)) if dtype is None else _is_real(dtype)
-    if shape != () or not real or isinstance(result, bool):
+    if not is_real_scalar(result):
         raise argument_error(
             call,
             argument,
@@ -346,7 +346,3 @@ def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
             f"must return a real scalar, returned {short_repr(result)}.",
         )
     return result
-
-
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)

@@ -1,6 +1,7 @@
 """Multipliers by parameter name."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,10 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import argument_error, check_int, check_number, is_number
+from optloss.messages import (
+    argument_error,
+    check_int,
+    check_number,
+    is_number,
+    quoted,
+)
 from optloss.names import first_match, is_pattern, leaf_names
 from optloss.trees import is_inexact, scale_leaves
 from optloss.typing import Pattern
+
+MOST_LAYERS = 100_000
+LARGEST_LOG = 88.7  # of a float32
 
 Multipliers = Mapping[Pattern, float | jax.Array]
 
@@ -108,11 +118,11 @@ def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
                 call,
                 argument,
                 multipliers,
-                f"the key {pattern!r} is neither a name nor a compiled pattern.",
+                f"the key {quoted(pattern)} is neither a name nor a compiled pattern.",
             )
         check_number(
             call,
-            f"{argument}[{pattern!r}]",
+            f"{argument}[{quoted(pattern)}]",
             value,
             lambda number: abs(number) < float("inf"),
             "a finite real number or a 0-d array.",
@@ -140,7 +150,8 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
 
     Raises:
         ValueError: If ``rate`` is no number > 0, ``pattern`` holds no ``{}``, or
-            ``num_layers`` is no int >= 1.
+            ``num_layers`` is no int from 1 to 100,000, or the largest power is no
+            float32.
 
     Example:
         >>> layerwise_decay(0.5, "encoder/layers_{}/**", 2)
@@ -168,11 +179,14 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
             pattern,
             "must be a str with {} where the layer's number goes.",
         )
-    check_int("layerwise_decay", "num_layers", num_layers, 1, "an int >= 1.")
-    return {
-        pattern.replace("{}", str(i)): rate ** (num_layers - i)
-        for i in range(num_layers)
-    }
+    wanted = f"an int in [1, {MOST_LAYERS}]."
+    layers = check_int(
+        "layerwise_decay", "num_layers", num_layers, 1, wanted, MOST_LAYERS
+    )
+    if not isinstance(rate, jax.Array) and layers * math.log(rate) > LARGEST_LOG:
+        problem = f"to the power of {layers} is no finite number. Is it below 1?"
+        raise argument_error("layerwise_decay", "rate", rate, problem)
+    return {pattern.replace("{}", str(i)): rate ** (layers - i) for i in range(layers)}
 
 
 def _is_numbered(pattern: Any) -> bool:

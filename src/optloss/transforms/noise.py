@@ -5,13 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optloss.fast.draws import add_normals, split_key
 from optloss.mesh import Axes, AxisName, axes_of, shard_index, varying_axes
-from optloss.messages import argument_error, check_number, is_array
-from optloss.names import leaf_names
+from optloss.messages import (
+    check_axis_name,
+    check_choice,
+    check_key,
+    check_number,
+    is_array,
+)
+from optloss.names import check_names, leaf_names
 from optloss.summaries import NOISE_STD
 from optloss.trees import increment, is_inexact
 
@@ -101,19 +106,14 @@ def add_gradient_noise(
             lambda number: 0 <= number < float("inf"),
             "a finite real number >= 0 or a 0-d array.",
         )
-    if distribution not in DISTRIBUTIONS:
-        raise argument_error(
-            "add_gradient_noise",
-            "distribution",
-            distribution,
-            "must be 'normal' or 'truncated_normal'.",
-        )
+    check_choice("add_gradient_noise", "distribution", distribution, DISTRIBUTIONS)
     check_key("add_gradient_noise", "key", key)
+    check_axis_name("add_gradient_noise", axis_name)
     axes = axes_of(axis_name)
     silent = not is_array(scale) and scale == 0
 
     def init(params: optax.Params) -> NoiseState:
-        del params
+        check_names("add_gradient_noise", params)
         words, _ = split_key(key)
         return NoiseState(
             step=jnp.zeros((), jnp.int32),
@@ -163,18 +163,3 @@ def add_gradient_noise(
 def _shard_ids(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
     index = functools.cache(shard_index)  # leaves that share one share the array
     return [index(varying_axes(leaf, axes)) for leaf in leaves]
-
-
-def check_key(call: str, argument: str, key: Any) -> None:
-    """Refuse ``key`` unless it is a seed, a typed key or a raw uint32 key."""
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        good = -(2**63) <= key < 2**64
-    elif is_array(key):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
-        seed = jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ()
-        raw = key.dtype == jnp.uint32 and key.ndim == 1
-        good = typed or seed or raw
-    else:
-        good = False
-    if not good:
-        raise argument_error(call, argument, key, "must be an int or a JAX random key.")
