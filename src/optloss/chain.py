@@ -33,7 +33,13 @@ from optloss.stages import (
     run_clip,
 )
 from optloss.summaries import Measured
-from optloss.trees import keep_dtypes, merge_leaves, negative_zeros, select_leaves
+from optloss.trees import (
+    keep_dtypes,
+    merge_leaves,
+    negative_zeros,
+    own_copies,
+    select_leaves,
+)
 from optloss.typing import PyTree
 
 Transform = optax.GradientTransformationExtraArgs
@@ -84,7 +90,15 @@ class Chain:
         return select(self.call, self.variables, params)
 
     def init(self, params: PyTree) -> PyTree:
-        """Return the state for ``params``, with all names and patterns checked."""
+        """Return the state for ``params``, with all names and patterns checked.
+
+        An optimizer may keep the starting weights, one array twice, or an array of the
+        caller's. The state holds copies, so that donating it takes nothing of theirs.
+        """
+        leaves, structure = jax.tree.flatten(self._start(params))
+        return jax.tree.unflatten(structure, own_copies(leaves))
+
+    def _start(self, params: PyTree) -> PyTree:
         params = as_arrays(self.call, params)
         for stage in (self.stages.multipliers, self.stages.rate_multipliers):
             where = f"{self.call}, {stage.scope}"

@@ -6,9 +6,10 @@ It is compiled once: whatever may change from step to step, the learning rate an
 data included, is an argument of the compiled program and no constant in it.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,7 +22,7 @@ from optloss.describe import describe, one_line
 from optloss.fast.handover import Stacked
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, call_loss, run_update_ops
-from optloss.mesh import kept_shardings, shard_like, shard_state
+from optloss.mesh import is_traced, kept_shardings, shard_like, shard_state
 from optloss.messages import short_repr
 from optloss.summaries import Asked, step_summaries
 from optloss.trees import (
@@ -177,21 +178,19 @@ class TrainOp:
         return placed
 
     def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
-        """Make one step, compiled; the buffers of ``state`` are donated."""
+        """Make one step, compiled; the buffers of ``state`` are donated.
+
+        Arrays of ``state`` may also be among the arguments: they are copied before.
+        """
         _check_state(state)
-        try:
+        state = _with_step_as_array(state)
+        with _clear_if_deleted("train_op(state)", state):
+            if self.donate:
+                args, kwargs = _not_of(state, (args, kwargs))
             new_state, loss, aux, found = self._compiled_for(state)(
                 state, *args, **kwargs
             )
             return new_state, StepOutput(loss, aux, found.summaries())
-        except (RuntimeError, ValueError) as error:
-            if "deleted" in str(error) and _is_deleted(state):
-                raise ValueError(
-                    "train_op(state): this state was given to an earlier call, which "
-                    "donated its buffers. Go on from the state that call returned, or "
-                    "build the op with donate=False."
-                ) from error
-            raise
 
     def _compiled_for(self, state: TrainOpState) -> Callable[..., Any]:
         shardings = kept_shardings(state, state.params)
@@ -247,7 +246,11 @@ class TrainOp:
                 than the contract of :func:`optimize_loss` says.
         """
         _check_state(state)
-        with jax.named_scope(self.name or "OptimizeLoss"):
+        state = _with_step_as_array(state)
+        with (
+            _clear_if_deleted("train_op.update(state)", state),
+            jax.named_scope(self.name or "OptimizeLoss"),
+        ):
             return self._step(state, args, kwargs)
 
     def _step(
@@ -334,8 +337,41 @@ def _check_state(state: Any) -> None:
         )
 
 
+def _with_step_as_array(state: TrainOpState) -> TrainOpState:
+    # A restored step may be an int, whose weak type would be compiled for by itself.
+    if not isinstance(state.step, int):
+        return state
+    return state._replace(step=jnp.asarray(state.step, jnp.int32))
+
+
+def _not_of(state: TrainOpState, arguments: PyTree) -> Any:
+    """Return ``arguments`` with copies in place of arrays that are in ``state``."""
+    donated = set(map(id, jax.tree.leaves(state)))
+    return jax.tree.map(
+        lambda leaf: own_copy(leaf) if _is_one_of(leaf, donated) else leaf, arguments
+    )
+
+
+def _is_one_of(leaf: Any, ids: set[int]) -> bool:
+    return id(leaf) in ids and isinstance(leaf, jax.Array) and not is_traced(leaf)
+
+
+@contextlib.contextmanager
+def _clear_if_deleted(call: str, state: TrainOpState) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "deleted" in str(error) and _is_deleted(state):
+            raise ValueError(
+                f"{call}: this state was given to an earlier call, which donated its "
+                "buffers. Go on from the state that call returned, or build the op "
+                "with donate=False."
+            ) from error
+        raise
+
+
 def _is_deleted(state: Any) -> bool:
     return any(
-        isinstance(leaf, jax.Array) and leaf.is_deleted()
+        isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted()
         for leaf in jax.tree.leaves(state)
     )
