@@ -163,7 +163,8 @@ def test_without_donation_nothing_is_copied():
     )
     state = op.init(jnp.ones(2))
     seen, _ = op(state, state.params)
-    assert not state.params.is_deleted() and seen.step == 1
+    assert not state.params.is_deleted()
+    assert seen.step == 1
 
 
 def test_the_state_of_a_key_goes_on():
@@ -216,4 +217,5 @@ def test_nnx_models_keep_nothing_of_the_callers():
         )
         for _ in range(3):
             output = op(jnp.ones((4, 3)), op.state.step)
-        assert np.isfinite(output.loss) and not given.is_deleted()
+        assert np.isfinite(output.loss)
+        assert not given.is_deleted()

@@ -21,6 +21,8 @@ HOUSE = (
     ("guard",),
     ("transforms",),
     ("stages",),
+    ("state_check", "state_nodes"),
+    ("adopt",),
     ("arguments",),
     ("chain",),
     ("describe",),

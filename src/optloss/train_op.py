@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optloss.adopt import adopt_state
 from optloss.arguments import as_arrays
-from optloss.chain import Chain, ChainState
+from optloss.chain import Chain
 from optloss.describe import describe, one_line
 from optloss.fast.handover import Stacked
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.mesh import is_traced, kept_shardings, shard_like, shard_state
 from optloss.messages import short_repr
+from optloss.stages import ChainState
+from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
 from optloss.trees import (
     increment,
@@ -61,6 +64,7 @@ class UpdateContext(NamedTuple):
     step: jax.Array | None  # before its increment
 
 
+ADOPT = "train_op.adopt(state) makes one of it, with all that fits."
 Step: TypeAlias = tuple[TrainOpState, StepOutput]
 
 
@@ -177,6 +181,53 @@ class TrainOp:
         placed: TrainOpState = shard_state(state, params)
         return placed
 
+    def adopt(self, old_state: Any, params: Any = None) -> TrainOpState:
+        """Return a state of this op that goes on from the state of another op.
+
+        For a run that is changed on the way: a layer unfrozen or added, a stage more or
+        less, another optimizer, packed or not. Kept is what the old state has under the
+        same name and shape: parameters, model_state, step, moments by parameter, noise,
+        statistics of a clip of the same kind, counters. The rest is fresh.
+
+        Args:
+            old_state: A :class:`TrainOpState`, or the nested dicts that a checkpointer
+                made of one.
+            params: Parameters that are new, or in another container. Those of the old
+                state's names and shapes take their values from it.
+
+        Returns:
+            A state that shares no buffer with the arguments.
+
+        Raises:
+            ValueError: If ``old_state`` is no such state, or is packed and does not say
+                which parameters are; as :meth:`init`.
+
+        Warns:
+            UserWarning: If parameters are newly trained under an old Adam's count.
+
+        Example:
+            >>> import jax.numpy as jnp, optloss
+            >>> def op(**options):
+            ...     return optloss.optimize_loss(
+            ...         lambda p: jnp.sum(p["w"] ** 2),
+            ...         global_step=0, learning_rate=0.1, optimizer="adam", **options
+            ...     )
+            >>> state, _ = op()(op().init({"w": jnp.ones(2)}))
+            >>> state = op(clip_gradients=1.0).adopt(state)
+            >>> print(state.step, state.opt_state.optimizer.inner[0].count)
+            1 1
+
+        See also:
+            :func:`carry_over`, for the state of a chain.
+        """
+        state = adopt_state("train_op.adopt", self.init, old_state, params)
+        placed: TrainOpState = shard_state(state, state.params)
+        return placed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainOp":
+        """Return the op itself: it never changes."""
+        return self
+
     def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, compiled; the buffers of ``state`` are donated.
 
@@ -262,6 +313,7 @@ class TrainOp:
     ) -> Step:
         selected = self.chain.selected(state.params)
         trained = select_leaves(state.params, selected)
+        self._check_whose(state, trained)
         outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
         if self.colocate_gradients_with_ops:
             wanted = None if shardings is None else select_leaves(shardings, selected)
@@ -297,6 +349,16 @@ class TrainOp:
         params = merge_leaves(moved, state.params, selected)
         new_state = TrainOpState(step, params, model_state, opt_state)
         return new_state, StepOutput(outcome.loss, outcome.aux, summaries)
+
+    def _check_whose(self, state: TrainOpState, trained: PyTree) -> None:
+        """Refuse a state of another op; while tracing, so at no cost to a step."""
+        call = "train_op(state)"
+        counter = jax.ShapeDtypeStruct((), jnp.int32)
+        step = None if self.global_step is None else counter
+        check_part(call, "step counter", state.step, step, ADOPT)
+        if self.update_ops and state.model_state is None:
+            raise part_error(call, "model_state", "none", "what update_ops work on", "")
+        self.chain.check(call, state.opt_state, trained, ADOPT)
 
     def _differentiate(
         self,
