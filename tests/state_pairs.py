@@ -50,6 +50,11 @@ PAIRS = {
         {"clip_gradients": optax.clip(1.0)},
         "clip",
     ),
+    "current to previous": (
+        {"clip_gradients": optloss.adaptive_clipping()},
+        {"clip_gradients": optloss.adaptive_clipping(statistics="previous")},
+        "clip",
+    ),
     "noise to none": ({"gradient_noise_scale": 0.1}, {}, "noise"),
     "none to noise": ({}, {"gradient_noise_scale": 0.1}, "noise"),
     "noise to optax's": (

@@ -1,4 +1,4 @@
-"""A state of another op made into one of this op: what is alike is kept, bit for bit."""
+"""A state of another op made into one of this: what is alike is kept, bit for bit."""
 
 import warnings
 
@@ -48,13 +48,9 @@ def plain(op_options, state):
         state.opt_state, state.params, size, variables=variables
     )
     pairs, _ = jax.tree_util.tree_flatten_with_path(opt_state)
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs
-    ]
-    # The guard is around the rest.
     return {
-        name.removeprefix("inner/") if "guard" in op_options else name: leaf
-        for name, (_, leaf) in zip(names, pairs, strict=True)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in pairs
     }
 
 
@@ -95,6 +91,7 @@ FRESH = {
     "RMSProp, centered": ("mean_square", "mean_gradient", "base"),
     "clip to adaptive": ("clip/",),
     "adaptive to clip": ("clip/",),
+    "current to previous": ("clip/",),
     "an unfrozen body": ("mu/body", "nu/body"),
     "packed, unfrozen": ("mu/body", "nu/body"),
     "kernels to biases": ("mu", "nu", "count"),

@@ -14,6 +14,7 @@ HOUSE = (
     ("typing",),
     ("trees",),
     ("mesh", "messages"),
+    ("donation",),
     ("loss", "names", "norms"),
     ("histograms", "optimizers"),
     ("fast",),

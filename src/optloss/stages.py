@@ -42,7 +42,9 @@ class ChainState(NamedTuple):
     noise: PyTree
     clip: PyTree
     optimizer: PyTree
-    packed: jax.Array | None  # uint8 [bytes], which leaves are packed; None for none
+    packed: jax.Array | None = (
+        None  # uint8 [bytes], which leaves are packed; None for none
+    )
 
 
 def run(

@@ -74,10 +74,11 @@ def parts(state: PyTree) -> Iterator[tuple[str, PyTree]]:
             return
         yield "guard", state._replace(inner=())  # type: ignore[attr-defined]
         state = state.inner
-    yield "noise", state.noise
-    yield "clip", state.clip
-    yield "packing", None if state.packed is None else ()
-    yield "optimizer", state.optimizer
+    for field, part in zip(state._fields, state, strict=True):
+        if field == "packed":  # as long as the names in it are
+            yield "packing", None if part is None else ()
+        else:
+            yield field, part
 
 
 def difference(found: PyTree, wanted: PyTree, path: str = "") -> Difference | None:

@@ -6,10 +6,9 @@ It is compiled once: whatever may change from step to step, the learning rate an
 data included, is an argument of the compiled program and no constant in it.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -20,10 +19,11 @@ from optloss.adopt import adopt_state
 from optloss.arguments import as_arrays
 from optloss.chain import Chain
 from optloss.describe import describe, one_line
+from optloss.donation import clear_if_deleted, copies_of_donated
 from optloss.fast.handover import Stacked
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, call_loss, run_update_ops
-from optloss.mesh import is_traced, kept_shardings, shard_like, shard_state
+from optloss.mesh import kept_shardings, shard_like, shard_state
 from optloss.messages import short_repr
 from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
@@ -235,9 +235,9 @@ class TrainOp:
         """
         _check_state(state)
         state = _with_step_as_array(state)
-        with _clear_if_deleted("train_op(state)", state):
+        with clear_if_deleted("train_op(state)", state):
             if self.donate:
-                args, kwargs = _not_of(state, (args, kwargs))
+                args, kwargs = copies_of_donated(state, (args, kwargs))
             new_state, loss, aux, found = self._compiled_for(state)(
                 state, *args, **kwargs
             )
@@ -299,7 +299,7 @@ class TrainOp:
         _check_state(state)
         state = _with_step_as_array(state)
         with (
-            _clear_if_deleted("train_op.update(state)", state),
+            clear_if_deleted("train_op.update(state)", state),
             jax.named_scope(self.name or "OptimizeLoss"),
         ):
             return self._step(state, args, kwargs)
@@ -404,36 +404,3 @@ def _with_step_as_array(state: TrainOpState) -> TrainOpState:
     if not isinstance(state.step, int):
         return state
     return state._replace(step=jnp.asarray(state.step, jnp.int32))
-
-
-def _not_of(state: TrainOpState, arguments: PyTree) -> Any:
-    """Return ``arguments`` with copies in place of arrays that are in ``state``."""
-    donated = set(map(id, jax.tree.leaves(state)))
-    return jax.tree.map(
-        lambda leaf: own_copy(leaf) if _is_one_of(leaf, donated) else leaf, arguments
-    )
-
-
-def _is_one_of(leaf: Any, ids: set[int]) -> bool:
-    return id(leaf) in ids and isinstance(leaf, jax.Array) and not is_traced(leaf)
-
-
-@contextlib.contextmanager
-def _clear_if_deleted(call: str, state: TrainOpState) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if "deleted" in str(error) and _is_deleted(state):
-            raise ValueError(
-                f"{call}: this state was given to an earlier call, which donated its "
-                "buffers. Go on from the state that call returned, or build the op "
-                "with donate=False."
-            ) from error
-        raise
-
-
-def _is_deleted(state: Any) -> bool:
-    return any(
-        isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted()
-        for leaf in jax.tree.leaves(state)
-    )
