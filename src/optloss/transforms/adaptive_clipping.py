@@ -99,6 +99,16 @@ class PreviousClippingState(NamedTuple):
         """Return the scalars to publish, by their summary tags."""
         return AdaptiveClippingState(*self).measurements()
 
+    @property
+    def mean(self) -> jax.Array:
+        """The moving average of the log-norm."""
+        return self.previous_mean
+
+    @property
+    def sq_mean(self) -> jax.Array:
+        """The moving average of its square."""
+        return self.previous_sq_mean
+
 
 def adaptive_clipping(
     std_factor: float | jax.Array = 2.0,
