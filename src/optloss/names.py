@@ -187,11 +187,13 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
     """
     check_variables(call, variables)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
+    if not names:  # nothing, or a placeholder that stands for parameters
+        return []
     chosen = _choose(call, variables, params, names, leaves)
     selected = [
         wanted and is_inexact(leaf) for wanted, leaf in zip(chosen, leaves, strict=True)
     ]
-    if names and not any(selected) and variables is not None:
+    if not any(selected) and variables is not None:
         raise argument_error(
             call,
             "variables",
