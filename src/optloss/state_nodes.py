@@ -84,11 +84,11 @@ def node_types(trees: list[PyTree], containers: Iterable[type]) -> set[Any]:
 
 
 def _children(node: Any) -> dict[str, Any]:
-    if isinstance(node, (list, tuple, Mapping)) and not _is_named_tuple(node):
+    if hasattr(node, "_fields"):
+        return dict(zip(node._fields, node, strict=True))
+    if isinstance(node, (list, tuple, Mapping)):
         items = node.items() if isinstance(node, Mapping) else enumerate(node)
         return {str(key): child for key, child in items}
-    if _is_named_tuple(node):
-        return dict(zip(node._fields, node, strict=True))
     pairs, _ = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda child: child is not node
     )
