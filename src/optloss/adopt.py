@@ -184,7 +184,7 @@ def _taken(node: Node, olds: list[Node], leaves: list[Any]) -> dict[Entry, Place
 
 def _same_optimizer(node: Node, old: Node) -> bool:
     """Tell whether a base learning rate in ``old`` may go on in ``node``."""
-    has_rate = ("base", "") in node.entries
+    has_rate = any(field == "base" for field, _ in node.entries)
     return not has_rate or node.below == old.below
 
 
@@ -270,6 +270,7 @@ def _written(
 
 def _beside(new: Any, fresh: Any) -> Any:
     copy = own_copy(new)
-    if jnp.issubdtype(fresh.dtype, jnp.integer):
-        copy = copy.astype(fresh.dtype)  # a NumPy count may have 64 bits
+    dtype = getattr(fresh, "dtype", copy.dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        copy = copy.astype(dtype)  # a NumPy count may have 64 bits
     return put_like(copy, fresh)

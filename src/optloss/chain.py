@@ -122,7 +122,7 @@ class Chain:
         shapes = tuple(map(jnp.shape, jax.tree.leaves((state, trained))))
         seen = jax.tree.structure((state, trained)), shapes
         if seen not in self._checked:
-            check_state(call, state, functools.partial(self._start, trained), cure)
+            check_state(call, state, self._start, trained, cure)
             self._checked.add(seen)
 
     @functools.cached_property

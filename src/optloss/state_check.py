@@ -30,15 +30,21 @@ class Difference(NamedTuple):
 
 
 def check_state(
-    call: str, state: PyTree, start: Callable[[], PyTree], cure: str
+    call: str,
+    state: PyTree,
+    start: Callable[[PyTree], PyTree],
+    params: PyTree,
+    cure: str,
 ) -> None:
-    """Refuse ``state`` unless it is alike to what ``start`` makes.
+    """Refuse ``state`` unless it is alike to what ``start`` makes of ``params``.
 
     A ``start`` that cannot be traced, or makes something else each time, tells nothing.
     """
     try:
-        wanted = jax.eval_shape(start)
-        if _alike(state, wanted) or not _alike(wanted, jax.eval_shape(start)):
+        wanted = jax.eval_shape(start, params)
+        if _alike(state, wanted):
+            return
+        if not _alike(wanted, jax.eval_shape(start, params)):
             return
     except Exception:  # an optimizer of the user's own may fail in any way
         return
