@@ -48,12 +48,10 @@ def carry_over(
     Raises:
         ValueError: If the old state is packed and does not say which parameters are.
 
-    Warns:
-        UserWarning: If parameters are newly trained under a count of a bias correction
-            that has moved on: their first steps are up to six times too long.
-
     Note:
-        The base learning rate is kept only under the same optimizer.
+        The base learning rate is kept only under the same optimizer. A ``UserWarning``
+        says which parameters are newly trained under a count that has moved on: with
+        Adam's bias correction their first steps are up to six times too long.
 
     Example:
         >>> import jax.numpy as jnp, optloss

@@ -202,8 +202,10 @@ class TrainOp:
             ValueError: If ``old_state`` is no such state, or is packed and does not say
                 which parameters are; as :meth:`init`.
 
-        Warns:
-            UserWarning: If parameters are newly trained under an old Adam's count.
+        Note:
+            A ``UserWarning`` says which parameters are newly trained under a count that
+            has moved on: with Adam's bias correction their first steps are up to six
+            times too long.
 
         Example:
             >>> import jax.numpy as jnp, optloss
