@@ -80,11 +80,10 @@ def parts(state: PyTree) -> Iterator[tuple[str, PyTree]]:
             return
         yield "guard", state._replace(inner=())  # type: ignore[attr-defined]
         state = state.inner
-    for field, part in zip(state._fields, state, strict=True):
-        if field == "packed":  # as long as the names in it are
-            yield "packing", None if part is None else ()
-        else:
-            yield field, part
+    # Only whether there is packing: the table is as long as the names in it.
+    yield "packing", None if state.packed is None else ()
+    for field, part in state._replace(packed=None)._asdict().items():
+        yield field, part
 
 
 def difference(found: PyTree, wanted: PyTree, path: str = "") -> Difference | None:
