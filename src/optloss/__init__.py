@@ -1,5 +1,6 @@
 """A complete, jit-compiled training step for JAX in one call, of optax parts."""
 
+from optloss.adopt import carry_over as carry_over
 from optloss.chain import make_optimizer as make_optimizer
 from optloss.decays import cosine_decay as cosine_decay
 from optloss.decays import cosine_decay_restarts as cosine_decay_restarts
@@ -10,8 +11,8 @@ from optloss.decays import natural_exp_decay as natural_exp_decay
 from optloss.decays import noisy_linear_cosine_decay as noisy_linear_cosine_decay
 from optloss.decays import piecewise_constant as piecewise_constant
 from optloss.decays import polynomial_decay as polynomial_decay
-from optloss.fast.packing import pack_state as pack_state
-from optloss.fast.packing import unpack_state as unpack_state
+from optloss.fast.packed_states import pack_state as pack_state
+from optloss.fast.packed_states import unpack_state as unpack_state
 from optloss.histograms import Histogram as Histogram
 from optloss.histograms import histogram as histogram
 from optloss.norms import global_norm as global_norm

@@ -12,18 +12,20 @@ runs the halves itself, since what it guards is more than the chain.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optloss.arguments import Given, as_arrays, stages_of
-from optloss.fast.packing import layout_of, pack, pack_small_leaves
+from optloss.fast.packing import layout_of, pack, pack_small_leaves, table_of
 from optloss.guard import count_skipped, is_finite, start_skipping, update_if
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
 from optloss.stages import (
+    ChainState,
     Extra,
     Stages,
     in_turn,
@@ -32,20 +34,22 @@ from optloss.stages import (
     run,
     run_clip,
 )
+from optloss.state_check import check_state
 from optloss.summaries import Measured
-from optloss.trees import keep_dtypes, merge_leaves, negative_zeros, select_leaves
+from optloss.trees import (
+    keep_dtypes,
+    merge_leaves,
+    negative_zeros,
+    own_copies,
+    select_leaves,
+)
 from optloss.typing import PyTree
 
 Transform = optax.GradientTransformationExtraArgs
+CARRY_OVER = (
+    "optloss.carry_over(state, tx.init(params)) makes one of it, with all that fits."
+)
 T = TypeVar("T")
-
-
-class ChainState(NamedTuple):
-    """The states of the stages, in their order."""
-
-    noise: PyTree
-    clip: PyTree
-    optimizer: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +88,46 @@ class Chain:
         return select(self.call, self.variables, params)
 
     def init(self, params: PyTree) -> PyTree:
-        """Return the state for ``params``, with all names and patterns checked."""
+        """Return the state for ``params``, with all names and patterns checked.
+
+        An optimizer may keep the starting weights, one array twice, or an array of the
+        caller's. The state holds copies, so that donating it takes nothing of theirs.
+        """
+        leaves, structure = jax.tree.flatten(self._named_start(params))
+        return jax.tree.unflatten(structure, own_copies(leaves))
+
+    def _named_start(self, params: PyTree) -> PyTree:
         params = as_arrays(self.call, params)
+        names = leaf_names(params)
+        # Without leaves it is a placeholder for parameters, or nothing is trained.
         for stage in (self.stages.multipliers, self.stages.rate_multipliers):
             where = f"{self.call}, {stage.scope}"
-            first_match(where, tuple(stage.rules), leaf_names(params))
-        trained = select_leaves(params, self.selected(params))
+            first_match(where, tuple(stage.rules), names, check=bool(names))
+        return self._start(select_leaves(params, self.selected(params)))
+
+    def _start(self, trained: PyTree) -> PyTree:
         noise = self.stages.noise.transform.init(trained)
         after: PyTree = self._clip_and_optimizer.init(trained)
         state = ChainState(noise, *after)
+        if self.pack_size:
+            table = table_of(layout_of(trained, self.pack_size))
+            state = state._replace(packed=table)
         return start_skipping(state) if self.skip_nonfinite else state
+
+    def check(self, call: str, state: PyTree, trained: PyTree, cure: str) -> None:
+        """Refuse, in the words of ``call``, a state of another chain or parameters.
+
+        Only shapes are looked at, and those of one structure once.
+        """
+        shapes = tuple(map(jnp.shape, jax.tree.leaves((state, trained))))
+        seen = jax.tree.structure((state, trained)), shapes
+        if seen not in self._checked:
+            check_state(call, state, self._start, trained, cure)
+            self._checked.add(seen)
+
+    @functools.cached_property
+    def _checked(self) -> set[Any]:
+        return set()
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
@@ -101,6 +135,8 @@ class Chain:
         selected = self.selected(updates)
         gradients = select_leaves(updates, selected)
         trained = None if params is None else select_leaves(params, selected)
+        like = gradients if trained is None else trained
+        self.check("update(state)", state, like, CARRY_OVER)
         shaped, after_noise = self.before(gradients, state, trained, extra)
         norm = self.norm(shaped)
 

@@ -215,6 +215,8 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
     """
     check_variables(call, variables)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
+    if not names:  # nothing, or a placeholder that stands for parameters
+        return []
     chosen = _choose(call, variables, params, names, leaves)
     selected = [
         wanted and is_inexact(leaf) for wanted, leaf in zip(chosen, leaves, strict=True)
@@ -227,7 +229,7 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
                 "trained. Keep it in bfloat16 and cast it in the loss, or name the "
                 "others with variables.",
             )
-    if names and not any(selected) and variables is not None:
+    if not any(selected) and variables is not None:
         raise argument_error(
             call,
             "variables",

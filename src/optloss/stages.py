@@ -36,6 +36,17 @@ class Stages(NamedTuple):
     rate_multipliers: Stage = NOTHING
 
 
+class ChainState(NamedTuple):
+    """The states of the stages, in their order."""
+
+    noise: PyTree
+    clip: PyTree
+    optimizer: PyTree
+    packed: jax.Array | None = (
+        None  # uint8 [bytes], which leaves are packed; None for none
+    )
+
+
 def run(
     stage: Stage, updates: PyTree, state: PyTree, params: PyTree, extra: Extra
 ) -> tuple[PyTree, PyTree]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -65,6 +66,20 @@ def own_copy(leaf: Any) -> jax.Array:
     leaf = jnp.array(leaf, copy=True)
     weak = getattr(leaf, "weak_type", False)  # an array of random keys has none
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
+
+
+def own_copies(leaves: list[Any]) -> list[Any]:
+    """Return copies of the arrays among ``leaves``, none of which share a buffer.
+
+    The list is emptied on the way: no more than one leaf is held twice.
+    """
+    copies = []
+    leaves.reverse()
+    while leaves:
+        leaf = leaves.pop()
+        abstract = not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float))
+        copies.append(leaf if abstract else own_copy(leaf))
+    return copies
 
 
 def to_float32(tree: Any) -> Any:

@@ -89,6 +89,39 @@ class AdaptiveClippingState(NamedTuple):
         }
 
 
+class PreviousClippingState(NamedTuple):
+    """As :class:`AdaptiveClippingState`, under ``statistics="previous"``.
+
+    There a clipped norm enters the averages as clipped, so that neither way's averages
+    are of use to the other. By their own names a state is never taken for the other's.
+    """
+
+    step: jax.Array  # int32 [], updates so far
+    clipped: jax.Array  # int32 [], those that were clipped
+    observed: jax.Array  # int32 [], those whose norm was finite
+    previous_mean: jax.Array  # float [], moving average of the log-norm, as clipped
+    previous_sq_mean: jax.Array  # float [], and of its square
+    max_norm: jax.Array  # float [], threshold of the latest update
+    norm: jax.Array  # float [], before the clip
+    factor: jax.Array  # float [], what the gradient was multiplied by
+
+    uniform = True  # every leaf was multiplied by the factor
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return AdaptiveClippingState(*self).measurements()
+
+    @property
+    def mean(self) -> jax.Array:
+        """The moving average of the log-norm."""
+        return self.previous_mean
+
+    @property
+    def sq_mean(self) -> jax.Array:
+        """The moving average of its square."""
+        return self.previous_sq_mean
+
+
 def adaptive_clipping(
     std_factor: float | jax.Array = 2.0,
     decay: float | jax.Array = 0.95,
@@ -124,7 +157,8 @@ def adaptive_clipping(
 
     Returns:
         A transform with an
-        :class:`~optloss.transforms.adaptive_clipping.AdaptiveClippingState`. Leaves
+        :class:`~optloss.transforms.adaptive_clipping.AdaptiveClippingState`, or a
+        ``PreviousClippingState`` for ``statistics="previous"``. Leaves
         keep shape ``[*shape]`` and dtype; the statistics are float32 scalars ``[]``,
         float64 if a leaf is. A gradient whose norm is not finite is returned unchanged
         and leaves the averages as they were.
@@ -159,11 +193,12 @@ def adaptive_clipping(
     check_choice("adaptive_clipping", "statistics", statistics, STATISTICS)
     check_axis_name("adaptive_clipping", axis_name)
     previous = statistics == "previous"
+    kind = PreviousClippingState if previous else AdaptiveClippingState
 
-    def init(params: optax.Params) -> AdaptiveClippingState:
+    def init(params: optax.Params) -> Any:
         dtype = norm_dtype(params)
         count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
-        return AdaptiveClippingState(
+        start = AdaptiveClippingState(
             step=count,
             clipped=count.copy(),
             observed=count.copy(),
@@ -173,6 +208,7 @@ def adaptive_clipping(
             norm=scalar.copy(),
             factor=jnp.ones((), dtype),
         )
+        return kind(*start)
 
     def log_threshold(mean: jax.Array, sq_mean: jax.Array) -> jax.Array:
         return mean + std_factor * jnp.sqrt(jnp.maximum(sq_mean - mean**2, epsilon))
@@ -224,6 +260,7 @@ def adaptive_clipping(
         del params, extra
         if gradient_norm is None:
             gradient_norm = global_norm(updates, axis_name=axis_name)
+        state = AdaptiveClippingState(*state)
         norm = gradient_norm.astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
         # No infinity, which `jax_debug_infs` would take for a fault.
@@ -239,7 +276,7 @@ def adaptive_clipping(
             jnp.finfo(norm.dtype).max,
         )
         factor = factor_for(norm, bound, jnp.exp(target))
-        return scale_leaves(updates, factor), AdaptiveClippingState(
+        after = AdaptiveClippingState(
             step=increment(state.step),
             clipped=state.clipped + (factor < 1),
             observed=state.observed + jnp.isfinite(norm),
@@ -249,6 +286,7 @@ def adaptive_clipping(
             norm=norm,
             factor=factor,
         )
+        return scale_leaves(updates, factor), kind(*after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -74,7 +74,8 @@ def multiply_gradients(
         return first_match("multiply_gradients", patterns, names, check=False)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        first_match("multiply_gradients", patterns, leaf_names(params))
+        names = leaf_names(params)
+        first_match("multiply_gradients", patterns, names, check=bool(names))
         return optax.EmptyState()
 
     def update(
