@@ -31,7 +31,11 @@ LARGEST_SHOWN = 10**1000
 MOST_COMPARED = 2000
 """Names among which a nearest one is looked for: each takes some microseconds."""
 
-BRACKETS = {list: "[]", tuple: "()", set: "{}"}
+BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    set: ("{", "}"),
+}
 
 
 def short_repr(value: Any) -> str:

@@ -111,9 +111,8 @@ def _alike(state: PyTree, other: PyTree) -> bool:
     # The table of packed names is as long as the names are.
     sides = [[part for _, part in parts(tree)] for tree in (state, other)]
     shapes = [list(map(jnp.shape, jax.tree.leaves(side))) for side in sides]
-    return jax.tree.structure(state) == jax.tree.structure(other) and (
-        shapes[0] == shapes[1]
-    )
+    structures: list[PyTree] = [jax.tree.structure(tree) for tree in (state, other)]
+    return bool(structures[0] == structures[1]) and shapes[0] == shapes[1]
 
 
 def _is_array(node: Any) -> bool:

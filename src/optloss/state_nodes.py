@@ -141,8 +141,9 @@ class Reader(NamedTuple):
             if entries:
                 yield Node("values", path, stage, group, entries, ())
             return
-        is_chain = fields is not None and set(STAGES) <= set(fields)
-        if is_chain:
+        is_chain = False
+        if fields is not None and set(STAGES) <= set(fields):
+            is_chain = True
             table = self.table(fields.pop(TABLE, None))
         inside: list[Node] = []
         entries = {}

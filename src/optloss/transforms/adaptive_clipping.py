@@ -105,7 +105,10 @@ class PreviousClippingState(NamedTuple):
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
-    uniform = True  # every leaf was multiplied by the factor
+    @property
+    def uniform(self) -> bool:
+        """Whether every leaf was multiplied by the factor."""
+        return True
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
@@ -334,9 +337,11 @@ def _check(
         "a finite real number > 0 or a 0-d array.",
     )
     # `optax.inject_hyperparams` makes an array of a flag.
-    flag = jnp.issubdtype(getattr(decay_warmup, "dtype", None), jnp.bool_)
-    scalar = (flag and decay_warmup.shape == ()) or is_real_scalar(decay_warmup)
-    if not isinstance(decay_warmup, bool) and not (is_array(decay_warmup) and scalar):
+    flag = is_array(decay_warmup) and (
+        is_real_scalar(decay_warmup)
+        or (decay_warmup.dtype == jnp.bool_ and decay_warmup.shape == ())
+    )
+    if not isinstance(decay_warmup, bool) and not flag:
         raise argument_error(
             call, "decay_warmup", decay_warmup, "must be True or False."
         )
