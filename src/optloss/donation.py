@@ -4,12 +4,12 @@ So they must not be anybody else's, and whoever uses the state again is told so.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
 
-from optloss.mesh import is_traced
+from optloss.mesh import is_deleted, is_traced
 from optloss.trees import own_copy
 from optloss.typing import PyTree
 
@@ -32,22 +32,15 @@ def copies_of_donated(state: PyTree, arguments: PyTree) -> Any:
 
 
 @contextlib.contextmanager
-def clear_if_deleted(call: str, state: PyTree) -> Iterator[None]:
+def clear_if_deleted(call: str, state: PyTree) -> Generator[None, None, None]:
     """Say of a ``state`` whose buffers are gone what became of them."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if "deleted" in str(error) and _is_deleted(state):
+        if "deleted" in str(error) and any(map(is_deleted, jax.tree.leaves(state))):
             raise ValueError(
                 f"{call}: this state was given to an earlier call, which donated its "
                 "buffers. Go on from the state that call returned, or build the op "
                 "with donate=False."
             ) from error
         raise
-
-
-def _is_deleted(state: Any) -> bool:
-    return any(
-        isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted()
-        for leaf in jax.tree.leaves(state)
-    )

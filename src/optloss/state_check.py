@@ -75,10 +75,10 @@ def part_error(call: str, part: str, found: str, wanted: str, cure: str) -> Valu
 def parts(state: PyTree) -> Iterator[tuple[str, PyTree]]:
     """Yield the parts of a chain's state by name, guards in front."""
     while not isinstance(state, ChainState):
-        if not (isinstance(state, tuple) and hasattr(state, "inner")):
+        if not hasattr(state, "inner"):
             yield "chain", state
             return
-        yield "guard", state._replace(inner=())  # type: ignore[attr-defined]
+        yield "guard", state._replace(inner=())
         state = state.inner
     # Only whether there is packing: the table is as long as the names in it.
     yield "packing", None if state.packed is None else ()
