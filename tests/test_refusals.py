@@ -195,7 +195,7 @@ REFUSED = [
     ),
     *refused_values(
         "summaries",
-        f"unknown: float64[3]. Choose out of {SUMMARIES}.",
+        f"unknown: 'float64[3]'. Choose out of {SUMMARIES}.",
         ([np.zeros(3)], "[float64[3]]"),
     ),
     *refused_values(
