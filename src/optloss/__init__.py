@@ -20,6 +20,8 @@ from optloss.optimize import optimize_loss as optimize_loss
 from optloss.optimizers.registry import list_optimizers as list_optimizers
 from optloss.optimizers.registry import register_optimizer as register_optimizer
 from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
+from optloss.rates import get_learning_rate as get_learning_rate
+from optloss.rates import set_learning_rate as set_learning_rate
 from optloss.summaries import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optloss.summaries import get_summaries as get_summaries
 from optloss.train_op import StepOutput as StepOutput
@@ -38,7 +40,6 @@ from optloss.transforms.learning_rate import (
 from optloss.transforms.learning_rate import (
     scale_by_learning_rate as scale_by_learning_rate,
 )
-from optloss.transforms.learning_rate import set_learning_rate as set_learning_rate
 from optloss.transforms.multipliers import layerwise_decay as layerwise_decay
 from optloss.transforms.multipliers import multiply_gradients as multiply_gradients
 from optloss.transforms.noise import add_gradient_noise as add_gradient_noise

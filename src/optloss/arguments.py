@@ -7,16 +7,16 @@ with the text that describes it.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optloss.fast.packing import is_elementwise
+from optloss.extra import by_signature
+from optloss.knobs import check_knob, check_schedule, is_schedule
+from optloss.made_by import name_of, root
 from optloss.mesh import is_deleted
 from optloss.messages import (
     argument_error,
@@ -33,22 +33,17 @@ from optloss.messages import (
     quoted,
     refusal,
     short_repr,
-    takes,
 )
 from optloss.names import check_names, check_variables, leaf_names
-from optloss.optimizers.registry import get_factory, title
+from optloss.optimizer_argument import (
+    check_learning_rate,
+    check_pack_size,
+    optimizer_stage,
+    values_of,
+)
 from optloss.stages import NOTHING, Stage, Stages
 from optloss.summaries import OPTIMIZER_SUMMARIES
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
-from optloss.transforms.learning_rate import (
-    INJECTED,
-    SCHEDULE,
-    check_rate_number,
-    check_scalar,
-    check_transformation,
-    inject_learning_rate,
-    is_schedule,
-)
 from optloss.transforms.multipliers import check_multipliers, multiply_gradients
 from optloss.transforms.noise import add_gradient_noise
 from optloss.trees import is_transformation
@@ -169,16 +164,28 @@ def _check_summaries(call: str, given: Given) -> None:
 
 
 def _check_counter(call: str, given: Given) -> None:
-    if given.get("global_step", 0) is not None or given["learning_rate"] is None:
+    if given.get("global_step", 0) is not None:
         return
-    if given["learning_rate_decay_fn"] is not None:
+    rates = values_of(given["learning_rate"])
+    if given["learning_rate_decay_fn"] is not None and any(
+        rate is not None for rate in rates
+    ):
         reader = "learning_rate_decay_fn"
-    elif is_schedule(given["learning_rate"]):
+    elif any(map(is_schedule, rates)):
         reader = "a schedule as learning_rate"
+    elif is_schedule(given["gradient_noise_scale"]):
+        reader = "a function as gradient_noise_scale"
+    elif any(map(is_schedule, _multipliers_of(given))):
+        reader = "a function as multiplier"
     else:
         return
     cure = f"global_step is required for {reader}. Start it at 0."
     raise argument_error(call, "global_step", None, cure)
+
+
+def _multipliers_of(given: Given) -> list[Any]:
+    mappings = (given["gradient_multipliers"], given["learning_rate_multipliers"])
+    return [v for m in mappings if isinstance(m, Mapping) for v in m.values()]
 
 
 def _check_update_ops(call: str, given: Given) -> None:
@@ -208,7 +215,8 @@ def _check_noise(call: str, given: Given) -> None:
     scale = given["gradient_noise_scale"]
     if scale is None or is_transformation(scale):
         return
-    check_number(
+    check_schedule(call, "gradient_noise_scale", scale)
+    check_knob(
         call,
         "gradient_noise_scale",
         scale,
@@ -233,6 +241,8 @@ def _multiplier_stage(argument: str, call: str, given: Given) -> Stage:
     if multipliers is None:
         return NOTHING
     check_multipliers(call, argument, multipliers)
+    for key, multiplier in multipliers.items():
+        check_schedule(call, f"{argument}[{key!r}]", multiplier)
     if not multipliers:
         return NOTHING
     rules = f"{len(multipliers)} rule{'s' if len(multipliers) > 1 else ''}"
@@ -245,7 +255,7 @@ def _check_clip(call: str, given: Given) -> None:
     if clip is None or is_transformation(clip):
         return
     if _is_factory(clip):
-        cure = f"is a function that makes a clip. Call it: {_root(clip).__name__}(...)."
+        cure = f"is a function that makes a clip. Call it: {root(clip).__name__}(...)."
         raise argument_error(call, "clip_gradients", clip, cure)
     if _is_function(clip):
         wanted = "a function of a list of (gradient, variable) pairs"
@@ -277,171 +287,13 @@ def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
-def name_of(transform: Any) -> str:
-    """Return the name of the function that made ``transform``."""
-    made_by = getattr(transform.init, "__qualname__", "").split(".<locals>")[0]
-    return made_by.split(".")[0] or type(transform).__name__
-
-
 def _given_stage(transform: Any) -> Stage:
-    return Stage(name_of(transform), optax.with_extra_args_support(transform))
-
-
-def _root(function: Any) -> Any:
-    while hasattr(function, "func"):
-        function = function.func
-    return function
+    return Stage(name_of(transform), by_signature(transform))
 
 
 def _is_factory(value: Any) -> bool:
-    module = getattr(_root(value), "__module__", None) or ""
+    module = getattr(root(value), "__module__", None) or ""
     return callable(value) and module.split(".")[0] in ("optloss", "optax")
-
-
-# The optimizer and its learning rate
-
-
-def _check_learning_rate(call: str, given: Given) -> None:
-    learning_rate, optimizer = given["learning_rate"], given["optimizer"]
-    if learning_rate is None:
-        brings_its_own = is_transformation(optimizer) or (
-            not isinstance(optimizer, type) and _takes(optimizer, 0)
-        )
-        if not brings_its_own:
-            cure = (
-                "may be None only where the optimizer brings its own rate: with an "
-                "instance or a function without arguments."
-            )
-            raise argument_error(call, "learning_rate", None, cure)
-    elif is_schedule(learning_rate):
-        check_callable(call, "learning_rate", learning_rate, 1, SCHEDULE)
-        if given["learning_rate_decay_fn"] is not None:
-            cure = (
-                "a schedule and learning_rate_decay_fn exclude each other. Give a "
-                "number."
-            )
-            raise argument_error(call, "learning_rate", learning_rate, cure)
-    else:
-        cure = (
-            "a finite real number >= 0, a 0-d array or a schedule (a function of the "
-            "step)."
-        )
-        check_rate_number(call, "learning_rate", learning_rate, cure)
-
-
-def _takes(function: Any, arguments: int) -> bool:
-    return callable(function) and takes(function, arguments)
-
-
-def _optimizer_stage(call: str, given: Given) -> Stage:
-    learning_rate, optimizer = given["learning_rate"], given["optimizer"]
-    decay_fn = _decay_fn(call, given)
-    if is_transformation(optimizer):
-        if decay_fn is not None and learning_rate is not None:
-            warnings.warn(
-                f"{call}: the optimizer is an instance, whose own learning rate "
-                "governs; learning_rate_decay_fn has no effect.",
-                UserWarning,
-                stacklevel=5,
-            )
-        return _instance_stage(optimizer)
-    if learning_rate is None:
-        return _instance_stage(check_transformation(call, optimizer()))
-    _check_result(call, learning_rate, decay_fn)
-    factory, text = _factory(call, optimizer)
-    _probe_factory(call, factory)
-    rate = short_repr(learning_rate)
-    if decay_fn is not None:
-        rate += f" decayed by {short_repr(decay_fn)}"
-    transform = inject_learning_rate(factory, learning_rate, decay_fn)
-    return Stage(f"{text} at {rate}", transform)
-
-
-def _decay_fn(call: str, given: Given) -> Any:
-    decay_fn = given["learning_rate_decay_fn"]
-    if decay_fn is not None:
-        wanted = "a function (learning_rate, step) -> rate"
-        check_callable(call, "learning_rate_decay_fn", decay_fn, 2, wanted)
-    return decay_fn
-
-
-def _instance_stage(optimizer: Any) -> Stage:
-    text = f"{name_of(optimizer)} at its own rate"
-    return Stage(text, optax.with_extra_args_support(optimizer))
-
-
-def _factory(call: str, optimizer: Any) -> tuple[Callable[..., Any], str]:
-    if isinstance(optimizer, str):
-        return get_factory(call, optimizer), title(optimizer)
-    if _takes(optimizer, 1):
-        return optimizer, short_repr(optimizer)
-    problem = (
-        "must be a name, a function of the learning rate, a class or an optax "
-        "transformation."
-    )
-    if isinstance(optimizer, type):
-        problem = "a class must be built from the learning rate alone."
-    elif callable(optimizer):
-        problem = (
-            "a function must take the learning rate alone. Bind the rest with a "
-            "lambda, or give learning_rate=None for a function without arguments."
-        )
-    raise argument_error(call, "optimizer", optimizer, problem)
-
-
-def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
-    def build(rate: jax.Array) -> tuple[()]:
-        made = check_transformation(call, factory(rate))
-        if name_of(made) == "inject_hyperparams":
-            raise refusal(call, INJECTED)
-        return ()
-
-    jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.float32))
-
-
-def _check_result(call: str, learning_rate: Any, decay_fn: Any) -> None:
-    """Refuse a decay function or a schedule that computes no real scalar."""
-
-    def compute(rate: jax.Array, step: jax.Array) -> tuple[()]:
-        if decay_fn is not None:
-            result = decay_fn(rate, step)
-            check_scalar(call, "learning_rate_decay_fn", decay_fn, result)
-        elif is_schedule(learning_rate):
-            check_scalar(call, "learning_rate", learning_rate, learning_rate(step))
-        return ()
-
-    rate, step = (jax.ShapeDtypeStruct((), t) for t in (jnp.float32, jnp.int32))
-    jax.eval_shape(compute, rate, step)
-
-
-def _check_pack_size(call: str, given: Given) -> None:
-    size, optimizer = given["pack_small_leaves"], given["optimizer"]
-    cure = "an int >= 0: the largest size of a leaf to pack, 0 for none."
-    check_int(call, "pack_small_leaves", size, 0, cure)
-    # At a rate of its own: the caller's may be traced, and the answer is the same.
-    rate = None if given["learning_rate"] is None else 0.1
-    named = isinstance(optimizer, str)
-    can_be_packed = _named_can_be_packed if named else _can_be_packed
-    if size and not can_be_packed(call, rate, optimizer):
-        cure = (
-            f"the optimizer {short_repr(optimizer)} looks at the shapes, norms or "
-            "names of single leaves, so packed leaves would train differently. Leave "
-            "it at 0."
-        )
-        raise argument_error(call, "pack_small_leaves", size, cure)
-
-
-def _can_be_packed(call: str, rate: float | None, optimizer: Any) -> bool:
-    given = {
-        "learning_rate": rate,
-        "optimizer": optimizer,
-        "learning_rate_decay_fn": None,
-    }
-    return is_elementwise(_optimizer_stage(call, given).transform)
-
-
-# Trying it out takes a second, and a name always means the same.
-_named_can_be_packed = functools.cache(_can_be_packed)
 
 
 def _flag(name: str) -> Callable[[str, Given], bool]:
@@ -451,10 +303,10 @@ def _flag(name: str) -> Callable[[str, Given], bool]:
 CHECKS: dict[str, Callable[[str, Given], Any]] = {
     "loss": _check_loss,
     "global_step": _check_global_step,
-    "learning_rate": _check_learning_rate,
+    "learning_rate": check_learning_rate,
     "summaries": _check_summaries,
     "learning_rate_decay_fn": _check_counter,
-    "optimizer": _optimizer_stage,
+    "optimizer": optimizer_stage,
     "clip_gradients": _check_clip,
     "gradient_noise_scale": _check_noise,
     "gradient_multipliers": functools.partial(
@@ -478,7 +330,7 @@ CHECKS: dict[str, Callable[[str, Given], Any]] = {
     ),
     "skip_nonfinite": _flag("skip_nonfinite"),
     "seed": lambda call, given: check_key(call, "seed", given["seed"]),
-    "pack_small_leaves": _check_pack_size,
+    "pack_small_leaves": check_pack_size,
     "axis_name": lambda call, given: check_axis_name(call, given["axis_name"]),
     "donate": _flag("donate"),
 }

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import optax
 
 from optloss.arguments import Given, as_arrays, stages_of
+from optloss.extra import fill_masked
 from optloss.fast.packing import layout_of, pack, pack_small_leaves, table_of
 from optloss.guard import count_skipped, is_finite, start_skipping, update_if
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
+from optloss.rates import used_rates
 from optloss.stages import (
     ChainState,
     Extra,
@@ -36,6 +38,7 @@ from optloss.stages import (
 )
 from optloss.state_check import check_state
 from optloss.summaries import Measured
+from optloss.transforms.multipliers import start_multiplying
 from optloss.trees import (
     keep_dtypes,
     merge_leaves,
@@ -103,12 +106,19 @@ class Chain:
         for stage in (self.stages.multipliers, self.stages.rate_multipliers):
             where = f"{self.call}, {stage.scope}"
             first_match(where, tuple(stage.rules), names, check=bool(names))
-        return self._start(select_leaves(params, self.selected(params)))
+        trained = select_leaves(params, self.selected(params))
+        if self.stages.optimizer.groups is not None and names:
+            self.stages.optimizer.groups.check(names, leaf_names(trained))
+        return self._start(trained)
 
     def _start(self, trained: PyTree) -> PyTree:
         noise = self.stages.noise.transform.init(trained)
+        multipliers = [
+            start_multiplying(stage.rules)
+            for stage in (self.stages.multipliers, self.stages.rate_multipliers)
+        ]
         after: PyTree = self._clip_and_optimizer.init(trained)
-        state = ChainState(noise, *after)
+        state = ChainState(noise, *after, *multipliers)
         if self.pack_size:
             table = table_of(layout_of(trained, self.pack_size))
             state = state._replace(packed=table)
@@ -137,6 +147,7 @@ class Chain:
         trained = None if params is None else select_leaves(params, selected)
         like = gradients if trained is None else trained
         self.check("update(state)", state, like, CARRY_OVER)
+        extra = _of_trained(extra, selected, params)
         shaped, after_noise = self.before(gradients, state, trained, extra)
         norm = self.norm(shaped)
 
@@ -156,8 +167,8 @@ class Chain:
         inner: ChainState = state.inner if self.skip_nonfinite else state
         noise, multipliers = self.stages.noise, self.stages.multipliers
         noisy, after = run(noise, gradients, inner.noise, params, extra)
-        shaped, _ = run(multipliers, noisy, optax.EmptyState(), params, extra)
-        return shaped, inner._replace(noise=after)
+        shaped, counted = run(multipliers, noisy, inner.multipliers, params, extra)
+        return shaped, inner._replace(noise=after, multipliers=counted)
 
     def norm(self, shaped: PyTree) -> jax.Array | None:
         """Return the norm that the guard looks at, ``None`` where there is none."""
@@ -196,10 +207,11 @@ class Chain:
             shaped, both, params, gradient_norm=norm, **extra
         )
         clip, optimizer = both
-        multipliers = self.stages.rate_multipliers
-        updates, _ = run(multipliers, updates, optax.EmptyState(), params, extra)
+        multipliers, before = self.stages.rate_multipliers, state.rate_multipliers
+        updates, counted = run(multipliers, updates, before, params, extra)
         optimizer = keep_dtypes(optimizer, state.optimizer)
-        return updates, state._replace(clip=clip, optimizer=optimizer)
+        after = state._replace(clip=clip, optimizer=optimizer, rate_multipliers=counted)
+        return updates, after
 
     def measured(
         self,
@@ -220,20 +232,39 @@ class Chain:
         uniform = getattr(seen, "uniform", False)
         return Measured(shaped, clipped, seen.norm, seen.factor, uniform)
 
-    def rate(self, state: PyTree) -> jax.Array | None:
-        """Return the learning rate of the latest update, where it is known."""
+    def rates(self, state: PyTree) -> dict[str, jax.Array]:
+        """Return the learning rates of the latest update by tag, where known."""
         inner: ChainState = state.inner if self.skip_nonfinite else state
-        return getattr(inner.optimizer, "rate", None)
+        return used_rates(inner.optimizer)
 
     @functools.cached_property
     def _clip_and_optimizer(self) -> Transform:
         clip, optimizer = self.stages.clip, self.stages.optimizer
         if not self.pack_size:
             return in_turn(clip, optimizer)
+        if optimizer.groups is not None:
+            packed = optimizer.groups.transform(self.pack_size)
+            return in_turn(clip, optimizer._replace(transform=packed))
         if looks_at_leaves(clip):
             packed = pack_small_leaves(optimizer.transform, self.pack_size)
             return in_turn(clip, optimizer._replace(transform=packed))
         return pack_small_leaves(in_turn(clip, optimizer), self.pack_size)
+
+
+def _of_trained(extra: Extra, selected: list[bool], params: PyTree) -> Extra:
+    """Return extra arguments about all parameters as ones about those trained."""
+    made = dict(extra)
+    if extra.get("grad") is not None:
+        made["grad"] = select_leaves(extra["grad"], selected)
+    if extra.get("value_fn") is not None:
+        given = extra["value_fn"]
+
+        def value_fn(trained: PyTree, **others: PyTree) -> jax.Array:
+            value: jax.Array = given(fill_masked(trained, params), **others)
+            return value
+
+        made["value_fn"] = functools.update_wrapper(value_fn, given)
+    return made
 
 
 def make_optimizer(

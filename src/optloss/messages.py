@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
@@ -118,7 +119,7 @@ def _single(value: Any) -> str:
     if type(value) is int and abs(value) > LARGEST_SHOWN:
         return f"an int of {value.bit_length()} bits"
     if callable(value) and hasattr(value, "__name__"):
-        return str(value.__name__)
+        return f"{value.__name__}{_place(value)}"
     if isinstance(value, (str, bytes, bytearray)):
         return repr(value[:MOST_SHOWN])
     return repr(value)
@@ -131,6 +132,14 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _place(function: Any) -> str:
+    """Return where a lambda stands in the source, which is all that names it."""
+    code = getattr(function, "__code__", None)
+    if function.__name__ != "<lambda>" or code is None:
+        return ""
+    return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 
 def refusal(call: str, problem: str) -> ValueError:

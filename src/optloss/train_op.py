@@ -20,6 +20,8 @@ from optloss.arguments import as_arrays
 from optloss.chain import Chain
 from optloss.describe import describe, one_line
 from optloss.donation import clear_if_deleted, copies_of_donated
+from optloss.evaluation import evaluation_params
+from optloss.extra import fill_masked
 from optloss.fast.handover import Stacked
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, call_loss, run_update_ops
@@ -306,6 +308,41 @@ class TrainOp:
         ):
             return self._step(state, args, kwargs)
 
+    def evaluation_params(self, state: TrainOpState) -> Any:
+        """Return the parameters to evaluate with.
+
+        A schedule-free optimizer trains at other parameters than those it is to be
+        judged by; with any other they are those of the state.
+
+        Args:
+            state: What :meth:`init` or a step returned; its arrays may be traced.
+
+        Returns:
+            A tree like ``state.params``, of arrays of its own, which a donated step
+            does not take.
+
+        Example:
+            >>> import jax.numpy as jnp, optloss
+            >>> train_op = optloss.optimize_loss(
+            ...     lambda w: w**2, global_step=0, learning_rate=0.5,
+            ...     optimizer="schedule_free_sgd",
+            ... )
+            >>> state = train_op.init(jnp.array(1.0))
+            >>> for _ in range(9):
+            ...     state, output = train_op(state)
+            >>> print(train_op.evaluation_params(state) == state.params)
+            False
+
+        References:
+            Defazio et al., *The Road Less Scheduled*, 2024, arXiv:2405.15682.
+        """
+        _check_state(state)
+        selected = self.chain.selected(state.params)
+        trained = select_leaves(state.params, selected)
+        moved = evaluation_params(state.opt_state, trained, self.chain.pack_size)
+        params = merge_leaves(moved, state.params, selected)
+        return jax.tree.map(own_copy, params)
+
     def _step(
         self,
         state: TrainOpState,
@@ -320,9 +357,7 @@ class TrainOp:
         if self.colocate_gradients_with_ops:
             wanted = None if shardings is None else select_leaves(shardings, selected)
             gradients = shard_like(gradients, trained, wanted)
-        extra = {"value": outcome.loss}
-        if state.step is not None:
-            extra["step"] = state.step
+        extra = self._extra(state, outcome, gradients, args, kwargs)
         shaped, before = self.chain.before(gradients, state.opt_state, trained, extra)
         norm = self.chain.norm(shaped)
 
@@ -346,8 +381,10 @@ class TrainOp:
         measured = None
         if self.asked.gradients:
             measured = self.chain.measured(shaped, before, trained, extra, norm)
-        rate = self.chain.rate(opt_state)
-        summaries = step_summaries(self.asked, outcome.loss, rate, measured, state.step)
+        rates = self.chain.rates(opt_state)
+        summaries = step_summaries(
+            self.asked, outcome.loss, rates, measured, state.step
+        )
         params = merge_leaves(moved, state.params, selected)
         new_state = TrainOpState(step, params, model_state, opt_state)
         return new_state, StepOutput(outcome.loss, outcome.aux, summaries)
@@ -361,6 +398,24 @@ class TrainOp:
         if self.update_ops and state.model_state is None:
             raise part_error(call, "model_state", "none", "what update_ops work on", "")
         self.chain.check(call, state.opt_state, trained, ADOPT)
+
+    def _extra(
+        self, state: TrainOpState, outcome: Outcome, gradients: Any, args: Any, kw: Any
+    ) -> dict[str, Any]:
+        """Return what the transforms may ask for besides the gradient."""
+
+        def value_fn(trained: Any, step: Any = None) -> jax.Array:
+            del step  # optax hands on all that a line search does not name
+            params = fill_masked(trained, state.params)
+            stateful = self.update_ops is not None
+            return call_loss(
+                self.loss, params, state.model_state, stateful, args, kw
+            ).loss
+
+        # As JAX gives it, which is what the line searches compute with.
+        grad = _conjugate(gradients)
+        extra = {"value": outcome.loss, "grad": grad, "value_fn": value_fn}
+        return extra if state.step is None else {**extra, "step": state.step}
 
     def _differentiate(
         self,
@@ -381,10 +436,11 @@ class TrainOp:
 
         (_, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
         # JAX's gradient of a complex leaf points uphill only once it is conjugated.
-        gradients = map_inexact(
-            lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradients
-        )
-        return outcome, gradients
+        return outcome, _conjugate(gradients)
+
+
+def _conjugate(tree: Any) -> Any:
+    return map_inexact(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, tree)
 
 
 def _check_state(state: Any) -> None:

@@ -92,6 +92,8 @@ def pack_small_leaves(
     ) -> tuple[PyTree, PyTree]:
         # The state is laid out by the parameters; a gradient's dtype may differ.
         layout = layout_of(updates if params is None else params, size)
+        for argument in ("grad", "value_fn"):  # what needs them is never packed
+            extra.pop(argument, None)
         beside = None if params is None else pack(params, layout)
         packed: PyTree
         packed, state = inner.update(pack(updates, layout), state, beside, **extra)

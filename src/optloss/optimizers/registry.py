@@ -48,6 +48,7 @@ OPTAX_NAMES = (
     "fromage",
     "lamb",
     "lars",
+    "lbfgs",
     "lion",
     "nadam",
     "nadamw",

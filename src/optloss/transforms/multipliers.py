@@ -3,12 +3,13 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optloss.knobs import check_knob, is_schedule, value_at
 from optloss.messages import (
     argument_error,
     check_int,
@@ -17,13 +18,19 @@ from optloss.messages import (
     quoted,
 )
 from optloss.names import first_match, is_pattern, leaf_names
-from optloss.trees import is_inexact, scale_leaves
+from optloss.trees import increment, is_inexact, scale_leaves
 from optloss.typing import Pattern
 
 MOST_LAYERS = 100_000
 LARGEST_LOG = 88.7  # of a float32
 
-Multipliers = Mapping[Pattern, float | jax.Array]
+Multipliers = Mapping[Pattern, float | jax.Array | optax.Schedule]
+
+
+class MultiplierState(NamedTuple):
+    """How often was multiplied, where a multiplier is a function of the step."""
+
+    step: jax.Array  # int32 [], updates so far
 
 
 def multiply_gradients(
@@ -39,12 +46,16 @@ def multiply_gradients(
     Args:
         multipliers: Maps a parameter's name, a glob (``*`` stays inside one segment,
             ``**`` spans any number) or a compiled regular expression to a real number
-            or 0-d array, which may be traced. The first that matches a name wins; a
-            parameter that none matches is left alone.
+            or 0-d array, which may be traced, or a function of the step. The first that
+            matches a name wins; a parameter that none matches is left alone. The step
+            is the extra argument ``step=`` of ``update``, or without one the
+            transform's own count.
 
     Returns:
-        A transform without state. Leaves keep shape ``[*shape]`` and dtype. Where the
-        multiplier is exactly 0 the result is exactly 0, whatever the gradient holds.
+        A transform without state; if a multiplier is a function, with a
+        :class:`~optloss.transforms.multipliers.MultiplierState`. Leaves keep shape
+        ``[*shape]`` and dtype. Where the multiplier is exactly 0 the result is exactly
+        0, whatever the gradient holds.
 
     Raises:
         ValueError: If a multiplier is no finite real number; at ``init``, if a pattern
@@ -68,32 +79,55 @@ def multiply_gradients(
     """
     check_multipliers("multiply_gradients", "multipliers", multipliers)
     patterns, values = tuple(multipliers), list(multipliers.values())
+    counts = any(map(is_schedule, values))
 
     @functools.lru_cache(maxsize=4)
     def resolve(names: tuple[str, ...]) -> list[int | None]:
         return first_match("multiply_gradients", patterns, names, check=False)
 
-    def init(params: optax.Params) -> optax.EmptyState:
+    def init(params: optax.Params) -> MultiplierState | optax.EmptyState:
         names = leaf_names(params)
         first_match("multiply_gradients", patterns, names, check=bool(names))
-        return optax.EmptyState()
+        return start_multiplying(multipliers)
 
     def update(
         updates: Any,
         state: Any,
         params: Any = None,
+        *,
+        step: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
+        factors = values
+        if counts:
+            factors = _factors(multipliers, state.step if step is None else step)
+            state = MultiplierState(increment(state.step))
         leaves, structure = jax.tree.flatten(updates)
         rules = resolve(tuple(leaf_names(updates)))
         scaled = [
-            leaf if rule is None else _multiply(leaf, values[rule])
+            leaf if rule is None else _multiply(leaf, factors[rule])
             for leaf, rule in zip(leaves, rules, strict=True)
         ]
         return jax.tree.unflatten(structure, scaled), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def start_multiplying(
+    multipliers: Multipliers,
+) -> MultiplierState | optax.EmptyState:
+    """Return the state before the first update, whatever the parameters."""
+    if any(map(is_schedule, multipliers.values())):
+        return MultiplierState(jnp.zeros((), jnp.int32))
+    return optax.EmptyState()
+
+
+def _factors(multipliers: Multipliers, step: jax.Array) -> list[float | jax.Array]:
+    return [
+        value_at("multiply_gradients", f"multipliers[{key!r}]", value, step)
+        for key, value in multipliers.items()
+    ]
 
 
 def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
@@ -121,7 +155,7 @@ def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
                 multipliers,
                 f"the key {quoted(pattern)} is neither a name nor a compiled pattern.",
             )
-        check_number(
+        check_knob(
             call,
             f"{argument}[{quoted(pattern)}]",
             value,

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from optloss.fast.draws import add_normals, split_key
+from optloss.knobs import check_knob, value_at
 from optloss.mesh import Axes, AxisName, axes_of, shard_index, varying_axes
 from optloss.messages import (
     check_axis_name,
     check_choice,
     check_key,
     check_number,
-    is_array,
+    is_number,
 )
 from optloss.names import check_names, leaf_names
 from optloss.summaries import NOISE_STD
@@ -36,7 +37,7 @@ class NoiseState(NamedTuple):
 
 
 def add_gradient_noise(
-    scale: float | jax.Array,
+    scale: float | jax.Array | optax.Schedule,
     *,
     annealing: float | jax.Array = 0.0,
     distribution: str = "normal",
@@ -59,7 +60,7 @@ def add_gradient_noise(
 
     Args:
         scale: Standard deviation of the noise at step 0, >= 0, in the units of the
-            gradient. May be traced.
+            gradient. May be traced, or a function of the step.
         annealing: Exponent of the variance's decay, >= 0; 0 is constant noise, the
             paper has 0.55. The step is the extra argument ``step=`` of ``update``, or
             without one the transform's own count.
@@ -77,7 +78,8 @@ def add_gradient_noise(
 
     Raises:
         ValueError: If ``scale`` or ``annealing`` is a Python number that is negative or
-            not finite, ``distribution`` is neither of the two, or ``key`` is no key.
+            not finite, ``distribution`` is neither of the two, or ``key`` is no key;
+            when traced, if a function as ``scale`` returns no real scalar.
 
     Note:
         Put it before a clip, so that the clip bounds what the optimizer sees.
@@ -98,8 +100,11 @@ def add_gradient_noise(
         Neelakantan et al., *Adding Gradient Noise Improves Learning for Very Deep
         Networks*, 2015, arXiv:1511.06807, section 3 (there :math:`\eta = s^2`).
     """
-    for argument, value in (("scale", scale), ("annealing", annealing)):
-        check_number(
+    for argument, value, check in (
+        ("scale", scale, check_knob),
+        ("annealing", annealing, check_number),
+    ):
+        check(
             "add_gradient_noise",
             argument,
             value,
@@ -110,7 +115,7 @@ def add_gradient_noise(
     check_key("add_gradient_noise", "key", key)
     check_axis_name("add_gradient_noise", axis_name)
     axes = axes_of(axis_name)
-    silent = not is_array(scale) and scale == 0
+    silent = is_number(scale) and scale == 0
 
     def init(params: optax.Params) -> NoiseState:
         check_names("add_gradient_noise", params)
@@ -131,7 +136,8 @@ def add_gradient_noise(
     ) -> tuple[Any, Any]:
         del params, extra
         time = state.step if step is None else step
-        std = scale / (1.0 + time) ** (0.5 * annealing)
+        wanted = value_at("add_gradient_noise", "scale", scale, time)
+        std = wanted / (1.0 + time) ** (0.5 * annealing)
         new_state = NoiseState(
             step=increment(state.step),
             key=state.key,
