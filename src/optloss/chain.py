@@ -289,10 +289,12 @@ def make_optimizer(
 
     Args:
         learning_rate: A number, a 0-d array, a schedule, or ``None`` with an optimizer
-            that brings its own.
+            that brings its own; or a mapping from names or patterns to such.
         optimizer: A name, a function of the learning rate, a class, an instance, or a
-            function without arguments; see :func:`optimize_loss`.
-        gradient_noise_scale: Standard deviation of Gaussian noise, or a transformation.
+            function without arguments, or a mapping from names or patterns to such;
+            see :func:`optimize_loss`.
+        gradient_noise_scale: Standard deviation of Gaussian noise, a function of the
+            step, or a transformation.
         gradient_multipliers: Maps names or patterns to factors of the gradient. Adam,
             Adagrad and RMSProp nearly undo them.
         clip_gradients: Largest global norm, a transformation such as
@@ -313,7 +315,8 @@ def make_optimizer(
     Returns:
         A transform. Its ``update`` takes the extra arguments ``step=`` (the global
         step, which annealing, warm-up and decay read; without it each counts for
-        itself) and ``value=`` (the loss). Updates keep shape ``[*shape]``; they may be
+        itself), ``value=`` (the loss), and for line searches ``grad=`` and
+        ``value_fn=``, the loss as a function of the parameters. Updates keep shape ``[*shape]``; they may be
         float32 for half-precision leaves until they are applied.
 
     Raises:

@@ -50,16 +50,19 @@ def optimize_loss(
             new_model_state)`` or ``(loss, new_model_state, aux)``.
         global_step: Where the step counter starts, or ``None`` for no counter.
         learning_rate: A number, a 0-d array, or a schedule (a function of the step).
-            ``None`` with an optimizer that brings its own rate.
+            ``None`` with an optimizer that brings its own rate. A mapping from names or
+            patterns to any of these gives groups of parameters rates of their own.
         optimizer: A name such as ``"adam"`` or ``"adamw(weight_decay=0.1)"``
             (:func:`list_optimizers`; capitalised names are TensorFlow's); a function of
             the learning rate; a class built from the rate; an optax transformation,
             whose own rate then governs; with ``learning_rate=None``, a function without
-            arguments.
-        gradient_noise_scale: Standard deviation of Gaussian noise on the gradient, or a
-            transformation such as :func:`add_gradient_noise`.
+            arguments. A mapping from names or patterns to any of these gives groups of
+            parameters optimizers of their own, behind one clip and one guard.
+        gradient_noise_scale: Standard deviation of Gaussian noise on the gradient, a
+            function of the step that returns it, or a transformation such as
+            :func:`add_gradient_noise`.
         gradient_multipliers: Maps names or patterns of parameters to factors of their
-            gradient. Adam, Adagrad and RMSProp divide the gradient by its own size,
+            gradient, numbers or functions of the step. Adam, Adagrad and RMSProp divide the gradient by its own size,
             which nearly undoes a constant factor: with 0.1, the path of a parameter
             over its first 1,000 updates was 1.00, 0.92 and 0.97 times what it was
             without. See ``learning_rate_multipliers``.
