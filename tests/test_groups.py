@@ -335,7 +335,7 @@ def test_rates_round_trip_on_bare_states_under_jit_and_in_a_scan():
     assert optloss.get_learning_rate(double(state))["head/*"] == jnp.float32(0.4)
 
     def body(state, _):
-        state, output = train_op.update(state)
+        state, _ = train_op.update(state)
         rates = optloss.get_learning_rate(state)
         return optloss.set_learning_rate(state, {"**": rates["**"] / 2}), rates["**"]
 

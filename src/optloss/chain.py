@@ -316,8 +316,9 @@ def make_optimizer(
         A transform. Its ``update`` takes the extra arguments ``step=`` (the global
         step, which annealing, warm-up and decay read; without it each counts for
         itself), ``value=`` (the loss), and for line searches ``grad=`` and
-        ``value_fn=``, the loss as a function of the parameters. Updates keep shape ``[*shape]``; they may be
-        float32 for half-precision leaves until they are applied.
+        ``value_fn=``, the loss as a function of the parameters. Updates keep shape
+        ``[*shape]``; they may be float32 for half-precision leaves until they are
+        applied.
 
     Raises:
         ValueError: As :func:`optimize_loss` for the same arguments.

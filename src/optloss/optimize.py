@@ -62,10 +62,10 @@ def optimize_loss(
             function of the step that returns it, or a transformation such as
             :func:`add_gradient_noise`.
         gradient_multipliers: Maps names or patterns of parameters to factors of their
-            gradient, numbers or functions of the step. Adam, Adagrad and RMSProp divide the gradient by its own size,
-            which nearly undoes a constant factor: with 0.1, the path of a parameter
-            over its first 1,000 updates was 1.00, 0.92 and 0.97 times what it was
-            without. See ``learning_rate_multipliers``.
+            gradient, numbers or functions of the step. Adam, Adagrad and RMSProp divide
+            the gradient by its own size, which nearly undoes a constant factor: with
+            0.1, the path of a parameter over its first 1,000 updates was 1.00, 0.92 and
+            0.97 times what it was without. See ``learning_rate_multipliers``.
         clip_gradients: Largest global norm (``inf`` only measures), a transformation
             such as :func:`adaptive_clipping`, or a function from a list of ``(gradient,
             variable)`` pairs to such a list.
