@@ -175,7 +175,10 @@ class TrainOp:
                 "array, so "
                 "there is nothing to train."
             )
-        params, model_state = jax.tree.map(own_copy, (params, model_state))
+        # An optimizer may keep one array twice, or the parameters it starts from.
+        params, model_state, opt_state = jax.tree.map(
+            own_copy, (params, model_state, opt_state)
+        )
         step = None
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
