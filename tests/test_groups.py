@@ -187,6 +187,10 @@ def small(optimizer="sgd", learning_rate=0.1, **more):
 RATES = {"head/*": 0.2, "**": 0.1}
 
 
+def warm_up(step):
+    return 0.1 * step
+
+
 def refusal(call, *args, **kwargs):
     with pytest.raises(ValueError, match=r".") as refused:
         call(*args, **kwargs)
@@ -266,10 +270,10 @@ def test_what_is_refused_at_init(arguments, message):
         ),
         (
             {
-                "learning_rate": {"**": optax.constant_schedule(0.1)},
+                "learning_rate": {"**": warm_up},
                 "learning_rate_decay_fn": lambda rate, step: rate,
             },
-            "optimize_loss(learning_rate['**']=schedule): a schedule and "
+            "optimize_loss(learning_rate['**']=warm_up): a schedule and "
             "learning_rate_decay_fn exclude each other. Give a number.",
         ),
         (
