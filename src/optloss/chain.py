@@ -20,7 +20,13 @@ import optax
 
 from optloss.arguments import Given, as_arrays, stages_of
 from optloss.extra import fill_masked
-from optloss.fast.packing import layout_of, pack, pack_small_leaves, table_of
+from optloss.fast.packing import (
+    Layout,
+    layout_of,
+    pack,
+    pack_small_leaves,
+    table_of,
+)
 from optloss.guard import count_skipped, is_finite, start_skipping, update_if
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
@@ -120,9 +126,15 @@ class Chain:
         after: PyTree = self._clip_and_optimizer.init(trained)
         state = ChainState(noise, *after, *multipliers)
         if self.pack_size:
-            table = table_of(layout_of(trained, self.pack_size))
-            state = state._replace(packed=table)
+            state = state._replace(packed=table_of(self.layout(trained)))
         return start_skipping(state) if self.skip_nonfinite else state
+
+    def layout(self, trained: PyTree) -> Layout:
+        """Return which leaves the optimizer's state has in which packed vector."""
+        groups = self.stages.optimizer.groups
+        if groups is not None:
+            return groups.layout(trained, self.pack_size)
+        return layout_of(trained, self.pack_size)
 
     def check(self, call: str, state: PyTree, trained: PyTree, cure: str) -> None:
         """Refuse, in the words of ``call``, a state of another chain or parameters.

@@ -10,24 +10,28 @@ import jax
 import optax
 from optax.contrib import ScheduleFreeState
 
-from optloss.fast.packing import PackedTree, layout_of, unpack
+from optloss.fast.packed_states import part_of
+from optloss.fast.packing import Layout, PackedTree, unpack
 from optloss.trees import is_inexact, to_float32
 from optloss.typing import PyTree
 
 
-def evaluation_params(opt_state: PyTree, trained: PyTree, pack_size: int) -> PyTree:
+def evaluation_params(
+    opt_state: PyTree, trained: PyTree, layout: Layout, pack_size: int
+) -> PyTree:
     """Return ``trained`` with averages where the optimizer has them.
 
     Args:
         opt_state: The state of a chain.
         trained: The parameters that are trained, ``optax.MaskedNode()`` for the rest.
+        layout: Which of them lie in which vector.
         pack_size: The ``pack_small_leaves`` of the chain.
     """
     for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free):
         if _is_schedule_free(node):
             z = node.z
             if isinstance(z, PackedTree):
-                z = unpack(z, trained, layout_of(trained, pack_size))
+                z = unpack(z, *part_of(z, trained, layout, pack_size))
             trained = _average(trained, z, node.b1)
     return trained
 

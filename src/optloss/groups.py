@@ -15,7 +15,13 @@ import jax
 import optax
 
 from optloss.extra import by_signature
-from optloss.fast.packing import is_elementwise, pack_small_leaves
+from optloss.fast.packing import (
+    Layout,
+    Slot,
+    is_elementwise,
+    layout_of,
+    pack_small_leaves,
+)
 from optloss.messages import listing, quoted, refusal, short_repr
 from optloss.names import first_match, leaf_names
 from optloss.plateau import OwnRateState
@@ -25,10 +31,12 @@ from optloss.transforms.learning_rate import (
     in_float32,
     with_rate,
 )
+from optloss.trees import select_leaves
 from optloss.typing import Pattern, PyTree
 
 Transform = optax.GradientTransformationExtraArgs
 Factory = Callable[[Any], optax.GradientTransformation]
+Places = tuple[int | None, ...]  # in both tables
 
 
 class Maker(NamedTuple):
@@ -131,6 +139,33 @@ class Groups:
         if all(maker.keeps_own(rate) for maker in self.makers.values):
             return self._by_optimizer(None, pack_size)
         return self._at_rate(0, pack_size)
+
+    def layout(self, trained: PyTree, pack_size: int) -> Layout:
+        """Return which of the ``trained`` leaves lie in which vector, by group."""
+        names = leaf_names(trained)
+        keys = list(zip(*(t.match(names) for t in self._tables.values()), strict=True))
+        whole = self.makers.patterns is None and self.makers.values[0].factory is None
+        if whole:
+            keys = [(0, 0)] * len(names)
+        vectors: dict[str, list[Slot]] = {}
+        for key in dict.fromkeys(keys):
+            maker, rate = (
+                self.makers.values[key[0] or 0],
+                self.rates.values[key[1] or 0],
+            )
+            if not _is_elementwise(maker):
+                continue
+            alike = [self._alike(key, other, maker.keeps_own(rate)) for other in keys]
+            part = layout_of(select_leaves(trained, alike), pack_size)
+            vectors |= part.vectors
+        return Layout(vectors)
+
+    def _alike(self, key: Places, other: Places, own: bool) -> bool:
+        """Tell whether two parameters are in one group."""
+        if own and self.makers.patterns is not None and key[0] == other[0]:
+            rate = self.rates.values[other[1] or 0]
+            return self.makers.values[key[0] or 0].keeps_own(rate)
+        return key == other
 
     def _by_rate(self, pack_size: int, names: Sequence[str]) -> "Members":
         """Return the groups by rate, and one for each optimizer with its own."""

@@ -175,10 +175,7 @@ class TrainOp:
                 "array, so "
                 "there is nothing to train."
             )
-        # An optimizer may keep one array twice, or the parameters it starts from.
-        params, model_state, opt_state = jax.tree.map(
-            own_copy, (params, model_state, opt_state)
-        )
+        params, model_state = jax.tree.map(own_copy, (params, model_state))
         step = None
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
@@ -342,7 +339,8 @@ class TrainOp:
         _check_state(state)
         selected = self.chain.selected(state.params)
         trained = select_leaves(state.params, selected)
-        moved = evaluation_params(state.opt_state, trained, self.chain.pack_size)
+        layout, size = self.chain.layout(trained), self.chain.pack_size
+        moved = evaluation_params(state.opt_state, trained, layout, size)
         params = merge_leaves(moved, state.params, selected)
         return jax.tree.map(own_copy, params)
 

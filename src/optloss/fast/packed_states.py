@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from optax.transforms import PartitionState
 
 from optloss.fast.packing import (
     Layout,
@@ -61,15 +62,21 @@ def unpack_state(
     """
     trained, layout = _trained("unpack_state", state, params, size, variables)
 
+    tables: list[Layout] = []
+
     def unpacked(node: Any) -> Any:
         if _has_table(node):
-            if node.packed is not None:
-                _check_table(node.packed, layout, size)
+            if node.packed is not None and not is_traced(node.packed):
+                tables.append(read_table(node.packed))
+                _check_table(tables[0], layout, size)
             return _map_inside(unpacked, node._replace(packed=None), _is_special)
         if not _is_packed(node):
             return node
-        _check_packed(node, trained, layout, size)
-        return unpack(node, trained, layout)
+        part, its = (trained, layout)
+        if tables:
+            part, its = part_of(node, trained, tables[0], size)
+        _check_packed(node, part, its, size)
+        return unpack(node, part, its)
 
     return jax.tree.map(unpacked, state, is_leaf=_is_special)
 
@@ -121,12 +128,26 @@ def pack_state(
         if _is_packed(node) or getattr(node, "packed", None) is not None:
             raise _error("pack_state", size, "the state is packed already.")
         if _has_table(node):
+            _check_ungrouped(node.optimizer, size)
             _check_mirrored("pack_state", node.optimizer, mirrors, size)
             inside = _map_inside(packed, node, mirrors)
             return inside._replace(packed=table_of(layout))
         return pack(node, layout) if mirrors(node) else node
 
     return jax.tree.map(packed, state, is_leaf=lambda n: _is_special(n) or mirrors(n))
+
+
+def part_of(
+    packed: PackedTree, trained: PyTree, table: Layout, size: int
+) -> tuple[PyTree, Layout]:
+    """Return the part of ``trained`` that ``packed`` mirrors, and its layout.
+
+    It is all of it where there is one optimizer. A group has a part alone.
+    """
+    slots = [slot for key in packed.vectors for slot in table.vectors.get(key, ())]
+    names = {slot.name for slot in slots} | set(leaf_names(packed.large))
+    part = select_leaves(trained, [name in names for name in leaf_names(trained)])
+    return part, layout_of(part, size)
 
 
 def _map_inside(
@@ -180,6 +201,26 @@ def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     return list(zip(leaf_names(tree), shapes, strict=True))
 
 
+def _check_ungrouped(optimizer: PyTree, size: int) -> None:
+    """Refuse groups: the state does not tell which of them can be packed."""
+    groups = [
+        node
+        for node in jax.tree.leaves(optimizer, is_leaf=_is_partition)
+        if _is_partition(node)
+    ]
+    if groups:
+        raise _error(
+            "pack_state",
+            size,
+            "the state has groups, each of which is packed or not. Use carry_over, or "
+            "train_op.adopt, of the run that is to go on.",
+        )
+
+
+def _is_partition(node: Any) -> bool:
+    return isinstance(node, PartitionState)
+
+
 def _check_mirrored(
     call: str, optimizer: PyTree, mirrors: Callable[[Any], bool], size: int
 ) -> None:
@@ -205,17 +246,20 @@ def _check_packed(
         raise _packed_otherwise(size, layout)
 
 
-def _check_table(table: Any, layout: Layout, size: int) -> None:
-    if is_traced(table):
-        return
-    if _slots(read_table(table)) != _slots(layout):
+def _check_table(table: Layout, layout: Layout, size: int) -> None:
+    """Refuse a table of other leaves; groups may have left some of them unpacked."""
+    found, wanted = _slots(table), _slots(layout)
+    if set(table.vectors) == set(layout.vectors):
+        good = found == wanted
+    else:
+        good = found <= wanted
+    if not good:
         raise _packed_otherwise(size, layout)
 
 
-def _slots(layout: Layout) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+def _slots(layout: Layout) -> set[tuple[str, tuple[int, ...]]]:
     return {
-        key: [(slot.name, slot.shape) for slot in slots]
-        for key, slots in layout.vectors.items()
+        (slot.name, slot.shape) for slots in layout.vectors.values() for slot in slots
     }
 
 
