@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import warnings
 
 import jax
@@ -11,6 +12,11 @@ import optax
 import pytest
 
 import optloss
+
+
+def said(refused):
+    """The message, in which a lambda's place in this file does not count."""
+    return re.sub(r" at test_refusals\.py:\d+", "", str(refused.value))
 
 
 def loss(params):
@@ -473,7 +479,7 @@ def test_an_argument_is_refused_in_whole_words(row):
     arguments, argument, shown, problem = row
     with pytest.raises(ValueError, match=f"^{CALL}") as refused:
         optloss.optimize_loss(**(GOOD | arguments))
-    assert str(refused.value) == f"{CALL}({argument}={shown}): {problem}"
+    assert said(refused) == f"{CALL}({argument}={shown}): {problem}"
 
 
 OF_MAKE_OPTIMIZER = set(inspect.signature(optloss.make_optimizer).parameters)
@@ -488,7 +494,7 @@ def test_make_optimizer_refuses_the_same(row):
         optloss.make_optimizer(
             **({"learning_rate": 0.1, "optimizer": "SGD"} | arguments)
         )
-    assert str(refused.value) == f"make_optimizer({argument}={shown}): {problem}"
+    assert said(refused) == f"make_optimizer({argument}={shown}): {problem}"
 
 
 @pytest.mark.parametrize(
@@ -521,14 +527,14 @@ def test_make_optimizer_refuses_the_same(row):
 def test_what_an_optimizers_function_returns_is_checked_in_the_call(arguments, message):
     with pytest.raises(ValueError, match=f"^{CALL}: ") as refused:
         optloss.optimize_loss(**(GOOD | arguments))
-    assert str(refused.value) == f"{CALL}: {message}"
+    assert said(refused) == f"{CALL}: {message}"
 
 
 @pytest.mark.parametrize("name", ["muon", "novograd"])
 def test_packing_is_refused_where_it_would_train_differently(name):
     with pytest.raises(ValueError, match="pack_small_leaves") as refused:
         optloss.optimize_loss(**(GOOD | {"optimizer": name}), pack_small_leaves=8)
-    assert str(refused.value) == (
+    assert said(refused) == (
         f"{CALL}(pack_small_leaves=8): the optimizer '{name}' looks at the shapes, "
         "norms or names of single leaves, so packed leaves would train differently. "
         "Leave it at 0."
@@ -706,7 +712,7 @@ def test_init_refuses(arguments, params, message):
     train_op = optloss.optimize_loss(**(GOOD | arguments))
     with pytest.raises(ValueError, match=r".") as refused:
         train_op.init(params)
-    assert str(refused.value) == message
+    assert said(refused) == message
 
 
 @pytest.mark.parametrize(
@@ -732,7 +738,7 @@ def test_a_loss_must_be_a_real_floating_scalar(result, shown):
     train_op = optloss.optimize_loss(**(GOOD | {"loss": lambda params: result}))
     with pytest.raises(ValueError, match=r"^optimize_loss: the loss must") as refused:
         train_op(train_op.init(PARAMS))
-    assert str(refused.value) == (
+    assert said(refused) == (
         f"{CALL}: the loss must be a real floating scalar, got {shown}. Reduce it "
         "first, for example with loss.mean()."
     )
@@ -764,7 +770,7 @@ def test_a_loss_with_too_many_or_too_few_results(results, model_state, message):
     train_op = optloss.optimize_loss(**(GOOD | {"loss": many}))
     with pytest.raises(ValueError, match=r"^optimize_loss: the loss re") as refused:
         train_op(train_op.init(PARAMS, model_state))
-    assert str(refused.value) == f"{CALL}: {message}"
+    assert said(refused) == f"{CALL}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -805,7 +811,7 @@ def test_a_new_model_state_is_like_the_old_one(new, message):
         train_op = optloss.optimize_loss(**(GOOD | arguments))
         with pytest.raises(ValueError, match=r"^optimize_loss: the ") as refused:
             train_op(train_op.init(PARAMS, model_state))
-        assert str(refused.value) == f"{CALL}: {who} returned {message}"
+        assert said(refused) == f"{CALL}: {who} returned {message}"
 
 
 @pytest.mark.parametrize(
@@ -834,7 +840,7 @@ def test_what_a_clipping_function_returns_is_checked(clip, problem):
     train_op = optloss.optimize_loss(**(GOOD | {"clip_gradients": clip}))
     with pytest.raises(ValueError, match=r"^clip_by_function") as refused:
         train_op(train_op.init({"w": jnp.ones(2), "x": jnp.ones(3)}))
-    assert str(refused.value) == f"clip_by_function(fn=<lambda>): {problem}"
+    assert said(refused) == f"clip_by_function(fn=<lambda>): {problem}"
 
 
 def test_an_error_of_the_callers_own_function_is_left_alone():
@@ -933,7 +939,7 @@ def test_the_accepted_call_says_nothing():
 def test_the_parts_refuse(call, message):
     with pytest.raises(ValueError, match=r".") as refused:
         call()
-    assert str(refused.value) == message
+    assert said(refused) == message
 
 
 def test_an_int_of_numpys_is_an_int():

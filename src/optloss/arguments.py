@@ -7,7 +7,7 @@ with the text that describes it.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,9 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
 
     Refuse leaves that are neither or whose buffers are gone, and names that collide.
     """
+    if isinstance(params, Iterator):  # which JAX would take for a leaf
+        problem = f"the parameters are {short_repr(params)}. Pass a list of them."
+        raise refusal(call, problem)
     leaves, structure = jax.tree.flatten(params)
     names = leaf_names(params)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -215,15 +218,20 @@ def _check_noise(call: str, given: Given) -> None:
     scale = given["gradient_noise_scale"]
     if scale is None or is_transformation(scale):
         return
-    check_schedule(call, "gradient_noise_scale", scale)
+    wanted = (
+        "a finite real number >= 0, a 0-d array or a transformation such as "
+        "add_gradient_noise(0.1, annealing=0.55)."
+    )
+    if callable(scale) and root(scale) is add_gradient_noise:
+        raise argument_error(call, "gradient_noise_scale", scale, f"must be {wanted}")
     check_knob(
         call,
         "gradient_noise_scale",
         scale,
         lambda number: 0 <= number < float("inf"),
-        "a finite real number >= 0, a 0-d array or a transformation such as "
-        "add_gradient_noise(0.1, annealing=0.55).",
+        wanted,
     )
+    check_schedule(call, "gradient_noise_scale", scale)
 
 
 def _noise_stage(given: Given) -> Stage:

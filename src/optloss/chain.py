@@ -159,7 +159,7 @@ class Chain:
         trained = None if params is None else select_leaves(params, selected)
         like = gradients if trained is None else trained
         self.check("update(state)", state, like, CARRY_OVER)
-        extra = _of_trained(extra, selected, params)
+        extra = {**_of_trained(extra, selected, params)}
         shaped, after_noise = self.before(gradients, state, trained, extra)
         norm = self.norm(shaped)
 

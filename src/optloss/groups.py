@@ -43,8 +43,8 @@ class Maker(NamedTuple):
     """One optimizer: how it is called, and what makes it."""
 
     text: str
-    factory: Factory | None  # of the rate; None where none is taken
-    own: Callable[[], optax.GradientTransformation] | None  # without a rate
+    factory: Any  # a Factory of the rate; None where none is taken
+    own: Any  # a function that makes it without a rate, or None
     governs: bool = False  # an instance: its own rate, whatever rate is given
 
     def keeps_own(self, rate: Any) -> bool:
@@ -213,7 +213,7 @@ class Groups:
         return partition(members)
 
 
-Members = tuple[dict[str, Transform], list[str]]
+Members = tuple[dict[Any, Any], list[str]]
 
 
 def partition(members: Callable[[Sequence[str]], Members]) -> Transform:

@@ -132,8 +132,8 @@ def optimizer_stage(call: str, given: Given) -> Stage:
     _check_keys(call, "optimizer", optimizer)
     if decay_fn is not None and rates is not None:
         _warn_of_own_rates(call, optimizer)
-    for argument, rate in _items("learning_rate", rates):
-        _check_result(call, argument, rate, decay_fn)
+    for argument, one in _items("learning_rate", rates):
+        _check_result(call, argument, one, decay_fn)
     makers = {
         argument: _maker(call, argument, one, rates)
         for argument, one in _items("optimizer", optimizer)
@@ -143,7 +143,8 @@ def optimizer_stage(call: str, given: Given) -> Stage:
     maker = makers["optimizer"]
     if maker.keeps_own(rates):
         return Stage(f"{maker.text} at its own rate", by_signature(maker.own()))
-    transform = inject_learning_rate(maker.factory, rates, decay_fn)
+    rate: Any = rates
+    transform = inject_learning_rate(maker.factory, rate, decay_fn)
     return Stage(f"{maker.text} at {_rate_text(rates, decay_fn)}", transform)
 
 

@@ -6,7 +6,7 @@ the rate times this factor.
 
 import functools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,12 @@ def plateau_scale(state: PyTree) -> jax.Array | None:
     return jnp.where(same, first, 1)
 
 
-def _plateau_factors(state: PyTree) -> list[jax.Array | None]:
+def _plateau_factors(state: PyTree) -> list[Any]:
     """Return, for each optimizer of a partition, the product of its scales."""
     kinds = (PartitionState, ReduceLROnPlateauState, OwnRateState)
     found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    scales = [node.scale for node in found if isinstance(node, ReduceLROnPlateauState)]
+    own = [node for node in found if isinstance(node, ReduceLROnPlateauState)]
+    scales: list[Any] = [node.scale for node in own]
     outer = functools.reduce(operator.mul, scales) if scales else None
     inner = [
         factor

@@ -1,6 +1,7 @@
 """The base rate of a run, read and set in the middle of it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def set_learning_rate(state: PyTree, value: Scalar | Mapping[str, Scalar]) -> Py
         :func:`get_learning_rate`.
     """
     nodes, structure = jax.tree.flatten(state, is_leaf=_stops)
-    bases = _bases("set_learning_rate", state, nodes)
+    new: Any
+    bases: Any = _bases("set_learning_rate", state, nodes)
     if isinstance(value, Mapping):
         _check_keys(state, value, bases)
         for key, rate in value.items():

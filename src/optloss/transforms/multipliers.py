@@ -99,7 +99,7 @@ def multiply_gradients(
         **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
-        factors = values
+        factors: list[Any] = values
         if counts:
             factors = _factors(multipliers, state.step if step is None else step)
             state = MultiplierState(increment(state.step))
