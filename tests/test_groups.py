@@ -90,7 +90,7 @@ def steps_of(train_op, tx, steps, *, on_end):
         gradients = jax.grad(loss)(params, batch)
         updates, opt_state = tx.update(gradients, opt_state, params)
         moved = optax.apply_updates(params, updates)
-        return moved, opt_state, optax.global_norm(gradients)
+        return moved, opt_state, optax.tree.norm(gradients)
 
     params, opt_state = state.params, tx.init(state.params)
     worst, norms = 0.0, []
@@ -495,7 +495,7 @@ def test_the_table_names_optimizer_and_rate():
     rows = [re.split(r"  +", line) for line in text.splitlines()]
     assert rows == [
         ["parameter", "shape", "dtype", "trained", "optimizer", "rate"],
-        ["body/bias", "3", "float32", "trained", "...eight_decay=0.0)", "0.1"],
+        ["body/bias", "3", "float32", "trained", "...weight_decay=0.0)", "0.1"],
         ["body/kernel", "2x3", "float32", "frozen"],
         ["head/bias", "2", "float32", "trained", "...n(identity, scale)", "own"],
         ["head/kernel", "3x2", "float32", "trained", "optax.sgd", "0.2"],

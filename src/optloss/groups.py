@@ -164,7 +164,7 @@ class Groups:
         """Tell whether two parameters are in one group."""
         if own and self.makers.patterns is not None and key[0] == other[0]:
             rate = self.rates.values[other[1] or 0]
-            return self.makers.values[key[0] or 0].keeps_own(rate)
+            return bool(self.makers.values[key[0] or 0].keeps_own(rate))
         return key == other
 
     def _by_rate(self, pack_size: int, names: Sequence[str]) -> "Members":
