@@ -124,9 +124,8 @@ class Chain:
             for stage in (self.stages.multipliers, self.stages.rate_multipliers)
         ]
         after: PyTree = self._clip_and_optimizer.init(trained)
-        state = ChainState(noise, *after, *multipliers)
-        if self.pack_size:
-            state = state._replace(packed=table_of(self.layout(trained)))
+        table = table_of(self.layout(trained)) if self.pack_size else None
+        state = ChainState(noise, *after, table, *multipliers)
         return start_skipping(state) if self.skip_nonfinite else state
 
     def layout(self, trained: PyTree) -> Layout:
