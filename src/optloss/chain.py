@@ -131,6 +131,8 @@ class Chain:
     def layout(self, trained: PyTree) -> Layout:
         """Return which leaves the optimizer's state has in which packed vector."""
         groups = self.stages.optimizer.groups
+        if not self.pack_size:
+            return Layout({})
         if groups is not None:
             return groups.layout(trained, self.pack_size)
         return layout_of(trained, self.pack_size)
