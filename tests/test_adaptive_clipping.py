@@ -46,7 +46,7 @@ def restated(
         bound = np.exp(m + k * np.sqrt(max(epsilon, q - m**2)))
         target = np.exp(m)
         if previous:
-            bound = bound if t >= 5 else np.inf
+            bound = bound if t >= 5 else np.finfo(np.float32).max
             entry = min(entry, np.log(bound))
         d = min(decay, t / (t + 1)) if warmup or previous else decay
         m, q = d * m + (1 - d) * entry, d * q + (1 - d) * entry**2

@@ -516,11 +516,13 @@ REFUSED = [
     ),
     (
         lambda: decays.cosine_decay(None, 3, 10),
-        "cosine_decay(learning_rate=None): must be a real number or a 0-d array.",
+        "cosine_decay(learning_rate=None): must be a finite real number or a 0-d "
+        "array.",
     ),
     (
         lambda: decays.cosine_decay(0.1, None, 10),
-        "cosine_decay(step=None): must be an integer. Pass the global step.",
+        "cosine_decay(step=None): must be an integer or an array of them. Pass the "
+        "global step.",
     ),
     (
         lambda: decays.piecewise_constant(3, [2.5], [1, 2]),
@@ -539,7 +541,21 @@ REFUSED = [
     ),
     (
         lambda: decays.piecewise_constant(3, ["5"], [1, 2]),
-        "piecewise_constant(boundaries='5'): must be real numbers or 0-d arrays.",
+        "piecewise_constant(boundaries='5'): must be finite real numbers or 0-d "
+        "arrays.",
+    ),
+    (
+        lambda: decays.noisy_linear_cosine_decay(0.1, 3, 10, key=1.5),
+        "noisy_linear_cosine_decay(key=1.5): must be an int or a JAX random key.",
+    ),
+    (
+        lambda: decays.cosine_decay(0.1, np.array(np.nan), 10),
+        "cosine_decay(step=float64[]): must be an integer or an array of them. Pass "
+        "the global step.",
+    ),
+    (
+        lambda: decays.piecewise_constant(3, "100", [1, 2]),
+        "piecewise_constant(boundaries='100'): must be a list.",
     ),
     (
         lambda: decays.piecewise_constant(3, 100, [1, 2]),
@@ -552,7 +568,7 @@ REFUSED = [
     ),
     (
         lambda: decays.piecewise_constant(3, [100], [1.0, None]),
-        "piecewise_constant(values=None): must be real numbers or 0-d arrays.",
+        "piecewise_constant(values=None): must be finite real numbers or 0-d arrays.",
     ),
 ]
 

@@ -119,11 +119,21 @@ def test_rules_of_every_kind_and_the_first_that_matches():
         ),
         (
             functools.partial(optloss.layerwise_decay, 0.5, "layer_{}/**", 0),
-            "layerwise_decay(num_layers=0): must be an int >= 1.",
+            "layerwise_decay(num_layers=0): must be an int in [1, 100000].",
+        ),
+        (
+            functools.partial(optloss.layerwise_decay, 0.5, "layer_{}", 10**400),
+            f"layerwise_decay(num_layers=1{'0' * 56}...): must be an int in [1, "
+            "100000].",
+        ),
+        (
+            functools.partial(optloss.layerwise_decay, 2.0, "layer_{}", 1000),
+            "layerwise_decay(rate=2.0): to the power of 1000 is no finite number. Is "
+            "it below 1?",
         ),
         (
             functools.partial(optloss.layerwise_decay, 0.5, "layer_{}/**", True),
-            "layerwise_decay(num_layers=True): must be an int >= 1.",
+            "layerwise_decay(num_layers=True): must be an int in [1, 100000].",
         ),
     ],
 )

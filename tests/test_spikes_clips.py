@@ -606,8 +606,13 @@ REFUSED = [
         float("nan"),
         "must be a real number from 0 to 100 or a 0-d array.",
     ),
-    (autoclip, "history", 0, "must be an int >= 1: how many norms to keep."),
-    (autoclip, "history", 9.0, "must be an int >= 1: how many norms to keep."),
+    (autoclip, "history", 0, "must be an int in [1, 1048576]: how many norms to keep."),
+    (
+        autoclip,
+        "history",
+        9.0,
+        "must be an int in [1, 1048576]: how many norms to keep.",
+    ),
     (
         adagc,
         "relative",

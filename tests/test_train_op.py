@@ -578,5 +578,5 @@ def test_repr_is_the_pipeline_in_order():
         "gradient -> sgd at 0.1"
     )
     assert repr(make(increment_global_step=False, optimizer=optax.sgd(0.1))) == (
-        "OptimizeLoss: gradient -> chain at its own rate"
+        "OptimizeLoss: gradient -> optax.chain(identity, scale) at its own rate"
     )

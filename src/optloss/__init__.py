@@ -1,5 +1,6 @@
 """A complete, jit-compiled training step for JAX in one call, of optax parts."""
 
+from optloss.adopt import carry_over as carry_over
 from optloss.chain import make_optimizer as make_optimizer
 from optloss.decays import cosine_decay as cosine_decay
 from optloss.decays import cosine_decay_restarts as cosine_decay_restarts
@@ -10,8 +11,8 @@ from optloss.decays import natural_exp_decay as natural_exp_decay
 from optloss.decays import noisy_linear_cosine_decay as noisy_linear_cosine_decay
 from optloss.decays import piecewise_constant as piecewise_constant
 from optloss.decays import polynomial_decay as polynomial_decay
-from optloss.fast.packing import pack_state as pack_state
-from optloss.fast.packing import unpack_state as unpack_state
+from optloss.fast.packed_states import pack_state as pack_state
+from optloss.fast.packed_states import unpack_state as unpack_state
 from optloss.histograms import Histogram as Histogram
 from optloss.histograms import histogram as histogram
 from optloss.norms import global_norm as global_norm
@@ -19,6 +20,8 @@ from optloss.optimize import optimize_loss as optimize_loss
 from optloss.optimizers.registry import list_optimizers as list_optimizers
 from optloss.optimizers.registry import register_optimizer as register_optimizer
 from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
+from optloss.rates import get_learning_rate as get_learning_rate
+from optloss.rates import set_learning_rate as set_learning_rate
 from optloss.summaries import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optloss.summaries import get_summaries as get_summaries
 from optloss.train_op import StepOutput as StepOutput
@@ -37,7 +40,6 @@ from optloss.transforms.learning_rate import (
 from optloss.transforms.learning_rate import (
     scale_by_learning_rate as scale_by_learning_rate,
 )
-from optloss.transforms.learning_rate import set_learning_rate as set_learning_rate
 from optloss.transforms.multipliers import layerwise_decay as layerwise_decay
 from optloss.transforms.multipliers import multiply_gradients as multiply_gradients
 from optloss.transforms.noise import add_gradient_noise as add_gradient_noise

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optloss.knobs import check_scalar
 from optloss.messages import argument_error, is_number
-from optloss.transforms.learning_rate import check_scalar
 from optloss.trees import (
     increment,
     map_inexact,

@@ -12,18 +12,28 @@ runs the halves itself, since what it guards is more than the chain.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optloss.arguments import Given, as_arrays, stages_of
-from optloss.fast.packing import layout_of, pack, pack_small_leaves
+from optloss.extra import fill_masked
+from optloss.fast.packing import (
+    Layout,
+    layout_of,
+    pack,
+    pack_small_leaves,
+    table_of,
+)
 from optloss.guard import count_skipped, is_finite, start_skipping, update_if
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
+from optloss.rates import used_rates
 from optloss.stages import (
+    ChainState,
     Extra,
     Stages,
     in_turn,
@@ -32,20 +42,23 @@ from optloss.stages import (
     run,
     run_clip,
 )
+from optloss.state_check import check_state
 from optloss.summaries import Measured
-from optloss.trees import keep_dtypes, merge_leaves, negative_zeros, select_leaves
+from optloss.transforms.multipliers import start_multiplying
+from optloss.trees import (
+    keep_dtypes,
+    merge_leaves,
+    negative_zeros,
+    own_copies,
+    select_leaves,
+)
 from optloss.typing import PyTree
 
 Transform = optax.GradientTransformationExtraArgs
+CARRY_OVER = (
+    "optloss.carry_over(state, tx.init(params)) makes one of it, with all that fits."
+)
 T = TypeVar("T")
-
-
-class ChainState(NamedTuple):
-    """The states of the stages, in their order."""
-
-    noise: PyTree
-    clip: PyTree
-    optimizer: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +97,60 @@ class Chain:
         return select(self.call, self.variables, params)
 
     def init(self, params: PyTree) -> PyTree:
-        """Return the state for ``params``, with all names and patterns checked."""
+        """Return the state for ``params``, with all names and patterns checked.
+
+        An optimizer may keep the starting weights, one array twice, or an array of the
+        caller's. The state holds copies, so that donating it takes nothing of theirs.
+        """
+        leaves, structure = jax.tree.flatten(self._named_start(params))
+        return jax.tree.unflatten(structure, own_copies(leaves))
+
+    def _named_start(self, params: PyTree) -> PyTree:
         params = as_arrays(self.call, params)
+        names = leaf_names(params)
+        # Without leaves it is a placeholder for parameters, or nothing is trained.
         for stage in (self.stages.multipliers, self.stages.rate_multipliers):
             where = f"{self.call}, {stage.scope}"
-            first_match(where, tuple(stage.rules), leaf_names(params))
+            first_match(where, tuple(stage.rules), names, check=bool(names))
         trained = select_leaves(params, self.selected(params))
+        if self.stages.optimizer.groups is not None and names:
+            self.stages.optimizer.groups.check(names, leaf_names(trained))
+        return self._start(trained)
+
+    def _start(self, trained: PyTree) -> PyTree:
         noise = self.stages.noise.transform.init(trained)
+        multipliers = [
+            start_multiplying(stage.rules)
+            for stage in (self.stages.multipliers, self.stages.rate_multipliers)
+        ]
         after: PyTree = self._clip_and_optimizer.init(trained)
-        state = ChainState(noise, *after)
+        table = table_of(self.layout(trained)) if self.pack_size else None
+        state = ChainState(noise, *after, table, *multipliers)
         return start_skipping(state) if self.skip_nonfinite else state
+
+    def layout(self, trained: PyTree) -> Layout:
+        """Return which leaves the optimizer's state has in which packed vector."""
+        groups = self.stages.optimizer.groups
+        if not self.pack_size:
+            return Layout({})
+        if groups is not None:
+            return groups.layout(trained, self.pack_size)
+        return layout_of(trained, self.pack_size)
+
+    def check(self, call: str, state: PyTree, trained: PyTree, cure: str) -> None:
+        """Refuse, in the words of ``call``, a state of another chain or parameters.
+
+        Only shapes are looked at, and those of one structure once.
+        """
+        shapes = tuple(map(jnp.shape, jax.tree.leaves((state, trained))))
+        seen = jax.tree.structure((state, trained)), shapes
+        if seen not in self._checked:
+            check_state(call, state, self._start, trained, cure)
+            self._checked.add(seen)
+
+    @functools.cached_property
+    def _checked(self) -> set[Any]:
+        return set()
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
@@ -101,6 +158,9 @@ class Chain:
         selected = self.selected(updates)
         gradients = select_leaves(updates, selected)
         trained = None if params is None else select_leaves(params, selected)
+        like = gradients if trained is None else trained
+        self.check("update(state)", state, like, CARRY_OVER)
+        extra = {**_of_trained(extra, selected, params)}
         shaped, after_noise = self.before(gradients, state, trained, extra)
         norm = self.norm(shaped)
 
@@ -120,8 +180,8 @@ class Chain:
         inner: ChainState = state.inner if self.skip_nonfinite else state
         noise, multipliers = self.stages.noise, self.stages.multipliers
         noisy, after = run(noise, gradients, inner.noise, params, extra)
-        shaped, _ = run(multipliers, noisy, optax.EmptyState(), params, extra)
-        return shaped, inner._replace(noise=after)
+        shaped, counted = run(multipliers, noisy, inner.multipliers, params, extra)
+        return shaped, inner._replace(noise=after, multipliers=counted)
 
     def norm(self, shaped: PyTree) -> jax.Array | None:
         """Return the norm that the guard looks at, ``None`` where there is none."""
@@ -160,10 +220,11 @@ class Chain:
             shaped, both, params, gradient_norm=norm, **extra
         )
         clip, optimizer = both
-        multipliers = self.stages.rate_multipliers
-        updates, _ = run(multipliers, updates, optax.EmptyState(), params, extra)
+        multipliers, before = self.stages.rate_multipliers, state.rate_multipliers
+        updates, counted = run(multipliers, updates, before, params, extra)
         optimizer = keep_dtypes(optimizer, state.optimizer)
-        return updates, state._replace(clip=clip, optimizer=optimizer)
+        after = state._replace(clip=clip, optimizer=optimizer, rate_multipliers=counted)
+        return updates, after
 
     def measured(
         self,
@@ -184,20 +245,39 @@ class Chain:
         uniform = getattr(seen, "uniform", False)
         return Measured(shaped, clipped, seen.norm, seen.factor, uniform)
 
-    def rate(self, state: PyTree) -> jax.Array | None:
-        """Return the learning rate of the latest update, where it is known."""
+    def rates(self, state: PyTree) -> dict[str, jax.Array]:
+        """Return the learning rates of the latest update by tag, where known."""
         inner: ChainState = state.inner if self.skip_nonfinite else state
-        return getattr(inner.optimizer, "rate", None)
+        return used_rates(inner.optimizer)
 
     @functools.cached_property
     def _clip_and_optimizer(self) -> Transform:
         clip, optimizer = self.stages.clip, self.stages.optimizer
         if not self.pack_size:
             return in_turn(clip, optimizer)
+        if optimizer.groups is not None:
+            packed = optimizer.groups.transform(self.pack_size)
+            return in_turn(clip, optimizer._replace(transform=packed))
         if looks_at_leaves(clip):
             packed = pack_small_leaves(optimizer.transform, self.pack_size)
             return in_turn(clip, optimizer._replace(transform=packed))
         return pack_small_leaves(in_turn(clip, optimizer), self.pack_size)
+
+
+def _of_trained(extra: Extra, selected: list[bool], params: PyTree) -> Extra:
+    """Return extra arguments about all parameters as ones about those trained."""
+    made = dict(extra)
+    if extra.get("grad") is not None:
+        made["grad"] = select_leaves(extra["grad"], selected)
+    if extra.get("value_fn") is not None:
+        given = extra["value_fn"]
+
+        def value_fn(trained: PyTree, **others: PyTree) -> jax.Array:
+            value: jax.Array = given(fill_masked(trained, params), **others)
+            return value
+
+        made["value_fn"] = functools.update_wrapper(value_fn, given)
+    return made
 
 
 def make_optimizer(
@@ -222,10 +302,12 @@ def make_optimizer(
 
     Args:
         learning_rate: A number, a 0-d array, a schedule, or ``None`` with an optimizer
-            that brings its own.
+            that brings its own; or a mapping from names or patterns to such.
         optimizer: A name, a function of the learning rate, a class, an instance, or a
-            function without arguments; see :func:`optimize_loss`.
-        gradient_noise_scale: Standard deviation of Gaussian noise, or a transformation.
+            function without arguments, or a mapping from names or patterns to such;
+            see :func:`optimize_loss`.
+        gradient_noise_scale: Standard deviation of Gaussian noise, a function of the
+            step, or a transformation.
         gradient_multipliers: Maps names or patterns to factors of the gradient. Adam,
             Adagrad and RMSProp nearly undo them.
         clip_gradients: Largest global norm, a transformation such as
@@ -246,8 +328,10 @@ def make_optimizer(
     Returns:
         A transform. Its ``update`` takes the extra arguments ``step=`` (the global
         step, which annealing, warm-up and decay read; without it each counts for
-        itself) and ``value=`` (the loss). Updates keep shape ``[*shape]``; they may be
-        float32 for half-precision leaves until they are applied.
+        itself), ``value=`` (the loss), and for line searches ``grad=`` and
+        ``value_fn=``, the loss as a function of the parameters. Updates keep shape
+        ``[*shape]``; they may be float32 for half-precision leaves until they are
+        applied.
 
     Raises:
         ValueError: As :func:`optimize_loss` for the same arguments.

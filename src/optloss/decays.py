@@ -13,6 +13,7 @@ number above :math:`2^{24}`. Between those steps, float32's rounding is all ther
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,17 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.fast.draws import split_key
+from optloss.mesh import is_deleted
 from optloss.messages import (
     argument_error,
     check_bool,
+    check_key,
     check_number,
     is_array,
     is_number,
+    is_real,
     short_repr,
 )
 
 MOST_TABULATED_CYCLES = 4096
 LARGEST_STEP = np.iinfo(np.int32).max
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def exponential_decay(
@@ -373,6 +378,7 @@ def noisy_linear_cosine_decay(
     cure = "With 0 there is no noise."
     _check_at_least_zero(call, cure, initial_variance=initial_variance)
     _check_finite(call, variance_decay=variance_decay)
+    check_key(call, "key", key)
     rate, periods = _start(call, learning_rate, step, decay_steps)
     share = jnp.minimum(periods, 1)
     age = (1 + share * _as(rate, decay_steps)) ** _as(rate, variance_decay)
@@ -422,9 +428,8 @@ def piecewise_constant(
         )
         raise argument_error(call, "values", values, problem)
     for rate in rates:
-        check_number(
-            call, "values", rate, lambda _: True, "real numbers or 0-d arrays."
-        )
+        wanted = "finite real numbers or 0-d arrays."
+        check_number(call, "values", rate, np.isfinite, wanted)
     dtype = jnp.result_type(jnp.float32, *(v.dtype for v in rates if is_array(v)))
     bounds = jnp.asarray([_bound(limit, step.dtype) for limit in limits], step.dtype)
     interval = jnp.searchsorted(bounds, step, method="compare_all")
@@ -492,7 +497,7 @@ def _cycle(
         return _divide(step, first, dtype)
     if is_number(growth) and growth > 1 and is_number(first) and _is_integer(step):
         last = min(int(np.iinfo(step.dtype).max), 2**53)
-        cycles = np.log1p(last / first * (growth - 1)) / np.log(growth)
+        cycles = np.log1p(last / first * (growth - 1)) / math.log(growth)
         if cycles < MOST_TABULATED_CYCLES:
             return _tabulated_cycle(step, first, growth, int(cycles) + 1, dtype)
     return _computed_cycle(step.astype(dtype), first, growth)
@@ -559,17 +564,21 @@ def _as(like: jax.Array, value: Any) -> jax.Array:
 
 
 def _as_rate(call: str, learning_rate: Any) -> jax.Array:
-    wanted = "a real number or a 0-d array."
-    check_number(call, "learning_rate", learning_rate, lambda _: True, wanted)
+    _check_finite(call, learning_rate=learning_rate)
     kind = jnp.asarray(learning_rate).dtype if is_array(learning_rate) else jnp.float32
     return jnp.asarray(learning_rate, jnp.promote_types(kind, jnp.float32))
 
 
 def _as_step(call: str, step: Any) -> jax.Array:
-    if not (is_number(step) or is_array(step)):
-        raise argument_error(
-            call, "step", step, "must be an integer. Pass the global step."
-        )
+    if is_number(step):
+        good = abs(step) <= LARGEST_FLOAT
+    else:
+        good = is_array(step) and is_real(step.dtype) and not is_deleted(step)
+    if isinstance(step, np.ndarray) and good:
+        good = bool(np.all(np.isfinite(step)))
+    if not good:
+        problem = "must be an integer or an array of them. Pass the global step."
+        raise argument_error(call, "step", step, problem)
     if is_number(step) and step > LARGEST_STEP:
         step = float(step)
     step = jnp.asarray(step)
@@ -578,7 +587,10 @@ def _as_step(call: str, step: Any) -> jax.Array:
 
 
 def _as_list(call: str, argument: str, value: Any) -> list[Any]:
-    if isinstance(value, Sequence) or (is_array(value) and value.ndim == 1):
+    text = isinstance(value, (str, bytes))
+    if (isinstance(value, Sequence) and not text) or (
+        is_array(value) and value.ndim == 1
+    ):
         return list(value)
     raise argument_error(call, argument, value, "must be a list.")
 
@@ -606,8 +618,8 @@ def _check_boundaries(
 ) -> None:
     """Refuse boundaries that are no integers, as the step is, or do not increase."""
     for limit in limits:
-        wanted = "real numbers or 0-d arrays."
-        check_number(call, "boundaries", limit, lambda _: True, wanted)
+        wanted = "finite real numbers or 0-d arrays."
+        check_number(call, "boundaries", limit, np.isfinite, wanted)
         of_integers = jnp.issubdtype(jnp.result_type(limit), jnp.integer)
         if jnp.issubdtype(dtype, jnp.integer) and not of_integers:
             problem = (

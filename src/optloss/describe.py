@@ -14,7 +14,16 @@ from optloss.stages import NOTHING, Stage
 
 WIDTH = 100
 WIDEST_CELL = 20
-HEADER = ("parameter", "shape", "dtype", "trained", "x gradient", "x rate")
+HEADER = (
+    "parameter",
+    "shape",
+    "dtype",
+    "trained",
+    "optimizer",
+    "rate",
+    "x gradient",
+    "x rate",
+)
 # A number that does not stand inside braces, where an earlier fold put it.
 NUMBER = re.compile(r"\d+(?![^{]*})")
 
@@ -26,8 +35,10 @@ class Row(NamedTuple):
     shape: str
     dtype: str
     trained: str
-    gradient: str
-    rate: str
+    optimizer: str = ""  # where there are several, or several rates
+    rate: str = ""
+    gradient: str = ""
+    multiplier: str = ""
 
 
 def one_line(chain: Chain, name: str, counts: bool = True) -> str:
@@ -47,10 +58,12 @@ def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
     state = jax.eval_shape(chain.init, params)
     selected = chain.selected(params)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
+    groups = chain.stages.optimizer.groups
     columns = zip(
         names,
         leaves,
         selected,
+        [("", "") if groups is None else groups.words(name) for name in names],
         _multipliers(chain.stages.multipliers, names),
         _multipliers(chain.stages.rate_multipliers, names),
         strict=True,
@@ -73,14 +86,22 @@ def _multipliers(stage: Stage, names: list[str]) -> list[str]:
     return ["" if rule is None else values[rule] for rule in rules]
 
 
-def _row(name: str, leaf: Any, trained: bool, gradient: str, rate: str) -> Row:
+def _row(
+    name: str,
+    leaf: Any,
+    trained: bool,
+    group: tuple[str, str],
+    gradient: str,
+    multiplier: str,
+) -> Row:
     return Row(
         name or "(the tree itself)",
         "x".join(map(str, leaf.shape)) or "scalar",
         str(leaf.dtype),
         "trained" if trained else "frozen",
+        *(group if trained else ("", "")),
         gradient if trained else "",
-        rate if trained else "",
+        multiplier if trained else "",
     )
 
 

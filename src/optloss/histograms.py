@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.mesh import Axes, AxisName, axes_of, reduce_over_mesh, varying_axes
+from optloss.messages import check_axis_name
 from optloss.trees import inexact_leaves, norm_dtype
 from optloss.typing import PyTree
 
@@ -202,6 +203,7 @@ def histogram(tree: PyTree, *, axis_name: AxisName = None) -> Histogram:
     See also:
         :class:`~optloss.integrations.tensorboard.SummaryWriter`, which shows it.
     """
+    check_axis_name("histogram", axis_name)
     axes = axes_of(axis_name)
     dtype = np.dtype(norm_dtype(tree))
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import short_repr
+from optloss.messages import refusal, short_repr, signature_of
 
 
 class Outcome(NamedTuple):
@@ -36,19 +36,20 @@ def call_loss(
     value, *rest = result if type(result) is tuple and result else (result,)
     if model_state is None:
         if len(rest) > 1:
-            raise ValueError(
-                f"optimize_loss: the loss returned {len(rest) + 1} results. Without a "
-                "model_state it returns loss or (loss, aux); if it has one, pass it: "
-                "train_op.init(params, model_state)."
+            raise refusal(
+                "optimize_loss",
+                f"the loss returned {len(rest) + 1} results. Without a model_state it "
+                "returns loss or (loss, aux); if it has one, pass it: "
+                "train_op.init(params, model_state).",
             )
         return Outcome(_scalar(value), None, rest[0] if rest else None)
     if not rest and ops_follow:
         return Outcome(_scalar(value), model_state, None)
     if not 1 <= len(rest) <= 2:
-        raise ValueError(
-            f"optimize_loss: the loss returned {_results(len(rest) + 1)}. With a "
-            "model_state it returns (loss, new_model_state) or (loss, new_model_state, "
-            "aux)."
+        raise refusal(
+            "optimize_loss",
+            f"the loss returned {_results(len(rest) + 1)}. With a model_state it "
+            "returns (loss, new_model_state) or (loss, new_model_state, aux).",
         )
     adopted = like_before("the loss", rest[0], model_state)
     return Outcome(_scalar(value), adopted, rest[1] if len(rest) == 2 else None)
@@ -74,11 +75,11 @@ def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> 
             else "If it takes a model_state, pass it: train_op.init(params, "
             "model_state)."
         )
-        raise ValueError(
-            f"optimize_loss: the loss {short_repr(loss)}{signature} cannot be called "
-            "with "
+        raise refusal(
+            "optimize_loss",
+            f"the loss {short_repr(loss)}{signature_of(loss)} cannot be called with "
             f"({given}) and {count} argument{'s' if count != 1 else ''} more: {error}. "
-            f"{advice}"
+            f"{advice}",
         ) from error
 
 
@@ -87,9 +88,10 @@ def _scalar(loss: Any) -> jax.Array:
         loss = jnp.asarray(loss, jnp.float32)
     dtype = getattr(loss, "dtype", None)
     if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            "optimize_loss: the loss must be a real floating scalar, got "
-            f"{short_repr(loss)}. Reduce it first, for example with loss.mean()."
+        raise refusal(
+            "optimize_loss",
+            f"the loss must be a real floating scalar, got {short_repr(loss)}. Reduce "
+            "it first, for example with loss.mean().",
         )
     return jnp.asarray(loss)
 
@@ -109,9 +111,10 @@ def like_before(who: str, new: Any, old: Any) -> Any:
     structure: Any = jax.tree.structure(new)
     expected: Any = jax.tree.structure(old)
     if structure != expected:
-        raise ValueError(
-            f"optimize_loss: {who} returned a model_state of another structure, "
-            f"{structure}, not {expected}. Return all of it, changed or not."
+        raise refusal(
+            "optimize_loss",
+            f"{who} returned a model_state of another structure, {structure}, not "
+            f"{expected}. Return all of it, changed or not.",
         )
     paths = jax.tree_util.tree_flatten_with_path(old)[0]
     return jax.tree.unflatten(
@@ -124,13 +127,15 @@ def like_before(who: str, new: Any, old: Any) -> Any:
 
 
 def _like_leaf(who: str, path: str, new: Any, old: Any) -> Any:
-    new = new if hasattr(new, "dtype") else jnp.asarray(new)
-    if new.shape != old.shape or new.dtype != old.dtype:
-        raise ValueError(
-            f"optimize_loss: {who} returned {short_repr(new)} for model_state{path}, "
-            "which "
-            f"is {short_repr(old)}. Keep shapes and dtypes, for example with "
-            ".astype(...)."
+    if isinstance(new, (bool, int, float, complex)):
+        new = jnp.asarray(new)
+    found = (getattr(new, "shape", None), getattr(new, "dtype", None))
+    if found != (old.shape, old.dtype):
+        raise refusal(
+            "optimize_loss",
+            f"{who} returned {short_repr(new)} for model_state{path}, which is "
+            f"{short_repr(old)}. Keep shapes and dtypes, for example with "
+            ".astype(...).",
         )
     if jnp.issubdtype(new.dtype, jax.dtypes.extended):
         return new

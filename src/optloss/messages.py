@@ -1,13 +1,20 @@
 """Checks of arguments, and the wording of what they refuse.
 
 Every refusal reads ``call(argument=value): what is wrong. What to do.`` and is a
-``ValueError`` raised when the thing is built. A traced or device value is checked by
+``ValueError`` raised when the thing is built. A number is judged wherever it is known:
+Python's, NumPy's scalars, NumPy's 0-d arrays. A traced or device value is checked by
 its shape and dtype alone: looking at its number would break tracing, or wait for the
 device.
+
+No refusal fails on the value that it shows, whatever that is: an object whose ``repr``
+raises, a list that holds itself, an int of 5,000 digits, a name of 10 MB.
 """
 
+import contextlib
 import difflib
 import functools
+import inspect
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
@@ -15,52 +22,141 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optloss.mesh import is_deleted
+
 MOST_SHOWN = 60
+MOST_OF_A_NAME = 120
+MOST_OF_A_MESSAGE = 2000
+DEEPEST_SHOWN = 6
+LARGEST_SHOWN = 10**1000
+MOST_COMPARED = 2000
+"""Names among which a nearest one is looked for: each takes some microseconds."""
+
+BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    set: ("{", "}"),
+}
 
 
 def short_repr(value: Any) -> str:
     """Return a short text: arrays by dtype and shape, functions by their names."""
+    return _cut(" ".join(_words(value, 0).split()), MOST_SHOWN)
+
+
+def short_text(text: str) -> str:
+    """Return ``text`` on one line, cut where it is long."""
+    return _cut(" ".join(text.split()), MOST_OF_A_NAME)
+
+
+def quoted(name: Any) -> str:
+    """Return the ``repr`` of a name, a pattern or a tag, cut where it is very long."""
+    if not isinstance(name, str):
+        return short_repr(name)
+    return _cut(repr(name[:MOST_OF_A_NAME]), MOST_OF_A_NAME)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _words(value: Any, depth: int) -> str:
+    """Return ``repr(value)`` without the numbers of arrays, which may be gigabytes."""
+    if depth > DEEPEST_SHOWN:
+        return "..."
+    try:
+        return _container(value, depth) or _single(value)
+    except Exception:  # a repr, a property or a metaclass of the caller's own
+        return f"<{type(value).__name__}>"
+
+
+def _container(value: Any, depth: int) -> str | None:
+    kind: type = type(value)
+    if isinstance(value, functools.partial):
+        return _words(value.func, depth + 1) + _fields(
+            [*((None, entry) for entry in value.args), *value.keywords.items()], depth
+        )
+    names: Any = getattr(value, "_fields", None)
+    if issubclass(kind, tuple) and names is not None:
+        return kind.__name__ + _fields(zip(names, value, strict=True), depth)
+    if kind is dict:
+        pairs = (
+            f"{_words(key, depth + 1)}: {_words(entry, depth + 1)}"
+            for key, entry in value.items()
+        )
+        return f"{{{_joined(pairs)}}}"
+    if kind not in BRACKETS or (kind is set and not value):
+        return None
+    start, end = BRACKETS[kind]
+    comma = "," if kind is tuple and len(value) == 1 else ""
+    inner = _joined(_words(entry, depth + 1) for entry in value)
+    return f"{start}{inner}{comma}{end}"
+
+
+def _fields(pairs: Iterable[tuple[str | None, Any]], depth: int) -> str:
+    texts = (
+        f"{name}={_words(entry, depth + 1)}" if name else _words(entry, depth + 1)
+        for name, entry in pairs
+    )
+    return f"({_joined(texts)})"
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Join ``texts``, and take no more of them than are shown."""
+    shown: list[str] = []
+    length = 0
+    for text in texts:
+        if length > MOST_SHOWN:
+            return ", ".join([*shown, "..."])
+        shown.append(text)
+        length += len(text)
+    return ", ".join(shown)
+
+
+def _single(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    if isinstance(value, functools.partial):
-        bound = [
-            f"{name}={short_repr(entry)}" for name, entry in value.keywords.items()
-        ]
-        arguments = ", ".join([*map(short_repr, value.args), *bound])
-        return f"{short_repr(value.func)}({arguments})"
-    if _is_named(value):
-        return str(value.__name__)
-    text = " ".join(repr(_without_numbers(value)).split())
-    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+    if type(value) is int and abs(value) > LARGEST_SHOWN:
+        return f"an int of {value.bit_length()} bits"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"{value.__name__}{_place(value)}"
+    if isinstance(value, (str, bytes, bytearray)):
+        return repr(value[:MOST_SHOWN])
+    return repr(value)
 
 
-def _is_named(value: Any) -> bool:
-    return callable(value) and hasattr(value, "__name__")
+def is_encodable(text: str) -> bool:
+    """Tell whether ``text`` is valid UTF-8: what was read off a disk may not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-class _Text(str):
-    """A str that is its own ``repr``."""
+def _place(function: Any) -> str:
+    """Return where a lambda stands in the source, which is all that names it."""
+    code = getattr(function, "__code__", None)
+    if function.__name__ != "<lambda>" or code is None:
+        return ""
+    return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
-    __slots__ = ()
 
-    def __repr__(self) -> str:
-        return str(self)
+def refusal(call: str, problem: str) -> ValueError:
+    """Return the error that refuses what ``call`` was given, in at most 2,000 letters.
 
-
-def _without_numbers(value: Any) -> Any:
-    """Return a container with its arrays in words: their numbers may be gigabytes."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_without_numbers, value))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_without_numbers, value))
-    if type(value) is dict:
-        return {key: _without_numbers(entry) for key, entry in value.items()}
-    return _Text(short_repr(value)) if is_array(value) or _is_named(value) else value
+    Of a longer text the middle is left out: what to do stands at its end.
+    """
+    text = f"{call}: {problem}"
+    if len(text) > MOST_OF_A_MESSAGE:
+        half = MOST_OF_A_MESSAGE // 2 - 3
+        text = f"{text[:half]} ... {text[-half:]}"
+    return ValueError(text)
 
 
 def argument_error(call: str, argument: str, value: Any, problem: str) -> ValueError:
     """Return the error that refuses ``call(argument=value)`` because of ``problem``."""
-    return ValueError(f"{call}({argument}={short_repr(value)}): {problem}")
+    return refusal(f"{call}({argument}={short_repr(value)})", problem)
 
 
 def is_array(value: Any) -> TypeGuard[jax.Array]:
@@ -68,10 +164,27 @@ def is_array(value: Any) -> TypeGuard[jax.Array]:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
+def is_real(dtype: Any) -> bool:
+    """Tell whether ``dtype`` is that of integers or real floating numbers."""
+    return bool(
+        jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+    )
+
+
 def is_number(value: Any) -> bool:
     """Tell whether ``value`` is a real Python or NumPy number; a bool is none."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(
-        value, bool
+    if isinstance(value, np.generic):
+        return is_real(value.dtype)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_real_scalar(value: Any) -> bool:
+    """Tell whether ``value`` is a number, or a 0-d array of a real dtype."""
+    return is_number(value) or (
+        is_array(value)
+        and value.shape == ()
+        and is_real(value.dtype)
+        and not is_deleted(value)
     )
 
 
@@ -86,29 +199,36 @@ def check_number(
 
     ``requirement`` completes the sentence "must be ...", with what to do behind it.
     """
-    if is_array(value):
-        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
-            value.dtype, jnp.integer
-        )
-        good = value.shape == () and real
-    elif is_number(value):
-        try:
-            good = accept(float(value))
-        except OverflowError:
-            good = False
-    else:
-        good = False
-    if not good:
-        raise argument_error(call, argument, value, f"must be {requirement}")
+    if is_deleted(value):
+        problem = "was deleted when it was donated to an earlier call."
+        raise argument_error(call, argument, value, problem)
+    real = is_real_scalar(value)
+    if not (real and _is_accepted(accept, value)):
+        shown = value[()] if real and isinstance(value, np.ndarray) else value
+        raise argument_error(call, argument, shown, f"must be {requirement}")
+
+
+def _is_accepted(accept: Callable[[float], bool], value: Any) -> bool:
+    if isinstance(value, jax.Array):
+        return True
+    with contextlib.suppress(OverflowError):
+        return accept(float(value))
+    return False
 
 
 def check_int(
-    call: str, argument: str, value: Any, least: int, requirement: str
+    call: str,
+    argument: str,
+    value: Any,
+    least: int,
+    requirement: str,
+    most: int | None = None,
 ) -> int:
-    """Return ``value`` unless it is no int of at least ``least``; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Return ``value`` as an int, unless it is none of at least ``least``."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
         raise argument_error(call, argument, value, f"must be {requirement}")
-    return value
+    return int(value)
 
 
 def check_bool(call: str, argument: str, value: Any) -> bool:
@@ -118,21 +238,114 @@ def check_bool(call: str, argument: str, value: Any) -> bool:
     return value
 
 
+def check_choice(call: str, argument: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse ``value`` unless it is one of the texts ``choices``."""
+    known = [*choices]
+    if not isinstance(value, str) or value not in known:
+        first = ", ".join(map(repr, known[:-1]))
+        problem = f"must be {first} or {known[-1]!r}."
+        raise argument_error(call, argument, value, problem)
+
+
 def check_axis_name(call: str, axis_name: Any) -> None:
     """Refuse ``axis_name`` unless it is a str, a tuple of them or ``None``."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(name, str) for name in names):
         cure = "must be a mesh axis's name or a tuple of them."
         raise argument_error(call, "axis_name", axis_name, cure)
+    if len(set(names)) < len(names):
+        raise argument_error(call, "axis_name", axis_name, "names an axis twice.")
+
+
+def check_key(call: str, argument: str, key: Any) -> None:
+    """Refuse ``key`` unless it is a seed, a typed key or a raw uint32 key."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        good = -(2**63) <= key < 2**64
+    elif is_array(key):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+        seed = jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ()
+        raw = key.dtype == jnp.uint32 and key.ndim == 1
+        good = (typed or seed or raw) and not is_deleted(key)
+    else:
+        good = False
+    if not good:
+        raise argument_error(call, argument, key, "must be an int or a JAX random key.")
+
+
+def check_callable(
+    call: str,
+    argument: str,
+    fn: Any,
+    arguments: int,
+    signature: str,
+    *,
+    more: bool = False,
+) -> None:
+    """Refuse ``fn`` unless it can be called with so many positional ``arguments``.
+
+    Args:
+        call: Who refuses.
+        argument: The name that ``fn`` was given under.
+        fn: What was given.
+        arguments: How many there are.
+        signature: Completes the sentence "must be ...": "a function step -> rate".
+        more: Whether others may be needed, which are not known yet.
+    """
+    if not callable(fn):
+        raise argument_error(call, argument, fn, f"must be {signature}.")
+    if not takes(fn, arguments, more=more):
+        problem = f"must be {signature}. Its signature is {signature_of(fn)}."
+        raise argument_error(call, argument, fn, problem)
+
+
+def signature_of(fn: Callable[..., Any]) -> str:
+    """Return the signature of ``fn`` in words, "(...)" where it cannot be told."""
+    try:
+        return _cut(str(inspect.signature(fn)), MOST_OF_A_NAME)
+    except Exception:  # a default of the caller's own has a repr that fails
+        return "(...)"
+
+
+def takes(fn: Callable[..., Any], arguments: int, *, more: bool = False) -> bool:
+    """Tell whether ``fn`` can be called so, as far as its signature is known."""
+    try:
+        signature = inspect.signature(fn)
+    except Exception:  # a builtin tells none, and what is the caller's may fail
+        return True
+    try:
+        (signature.bind_partial if more else signature.bind)(*range(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def listing(names: Iterable[Any], most: int = 10) -> str:
     """Return the sorted ``names`` quoted and joined, cut after ``most``."""
-    ordered = sorted(str(name) for name in names)
-    shown = ", ".join(repr(name) for name in ordered[:most])
+    ordered = sorted(
+        name if isinstance(name, str) else short_repr(name) for name in names
+    )
+    shown = ", ".join(map(quoted, ordered[:most]))
     return f"{shown} and {len(ordered) - most} more" if len(ordered) > most else shown
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """Return those of ``names`` that look most like ``name``, sorted."""
-    return sorted(difflib.get_close_matches(name, list(names), most, cutoff=0.3))
+    """Return those of ``names`` that look most like ``name``, sorted.
+
+    Case counts least: of two that differ in nothing else, the one in the case of
+    ``name`` is nearer.
+    """
+    if len(name) > MOST_OF_A_NAME:
+        return []
+    known = [known for known in names if len(known) <= 2 * MOST_OF_A_NAME]
+    known = known[:MOST_COMPARED]
+    folded = {one: one.casefold() for one in known}
+    close = difflib.get_close_matches(
+        name.casefold(), {*folded.values()}, most, cutoff=0.3
+    )
+
+    def likeness(one: str) -> tuple[int, float]:
+        ratio = difflib.SequenceMatcher(a=name, b=one).ratio()
+        return close.index(folded[one]), -ratio
+
+    found = [one for one in known if folded[one] in close]
+    return sorted(sorted(found, key=likeness)[:most])

@@ -11,13 +11,21 @@ and one that earlier patterns leave nothing to, are errors.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from optloss.messages import argument_error, listing, nearest, short_repr
-from optloss.trees import is_inexact
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    listing,
+    nearest,
+    quoted,
+    refusal,
+    short_repr,
+)
+from optloss.trees import is_float8, is_inexact
 from optloss.typing import Pattern
 
 Predicate = Callable[[str, Any], bool]
@@ -60,6 +68,22 @@ def _segment(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def check_names(call: str, params: Any) -> None:
+    """Refuse ``params`` if two of its leaves have the same name."""
+    first: dict[str, int] = {}
+    for i, name in enumerate(leaf_names(params)):
+        earlier = first.setdefault(name, i)
+        if earlier < i:
+            paths, _ = jax.tree_util.tree_flatten_with_path(params)
+            one, other = (jax.tree_util.keystr(paths[at][0]) for at in (earlier, i))
+            raise refusal(
+                call,
+                f"the parameters {one} and {other} have the same name {quoted(name)}, "
+                "by which noise is drawn, patterns match and summaries are told apart. "
+                "Rename one of them.",
+            )
 
 
 def matcher(pattern: Pattern) -> Callable[[str], bool]:
@@ -127,22 +151,23 @@ def _unused_pattern(
     call: str, pattern: Pattern, matches: Callable[[str], bool], names: Sequence[str]
 ) -> ValueError:
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    taken = [name for name in names if matches(name)]
+    shown, taken = quoted(text), [name for name in names if matches(name)]
     if taken:
-        return ValueError(
-            f"{call}: the pattern {text!r} is left nothing by the patterns before it, "
-            f"which already match {listing(taken)}. Put the narrower pattern first."
+        return refusal(
+            call,
+            f"the pattern {shown} is left nothing by the patterns before it, which "
+            f"already match {listing(taken)}. Put the narrower pattern first.",
         )
     if text.endswith(":0"):
         name = text.removesuffix(":0")
-        advice = f"Write {name!r}." if name in names else _suggest(name, names)
-        return ValueError(
-            f"{call}: the pattern {text!r} matches no parameter: names have no ':0' "
-            f"ending here. {advice}"
+        advice = f"Write {quoted(name)}." if name in names else _suggest(name, names)
+        return refusal(
+            call,
+            f"the pattern {shown} matches no parameter: names have no ':0' ending "
+            f"here. {advice}",
         )
-    return ValueError(
-        f"{call}: the pattern {text!r} matches no parameter. {_suggest(text, names)}"
-    )
+    advice = _suggest(text, names)
+    return refusal(call, f"the pattern {shown} matches no parameter. {advice}")
 
 
 def _suggest(text: str, names: Sequence[str]) -> str:
@@ -175,6 +200,9 @@ def check_variables(call: str, variables: Any) -> Any:
             "must be names or patterns, a predicate (name, leaf) -> bool, or a tree of "
             "bools like the parameters.",
         )
+    if callable(variables) and not is_mask(variables):
+        wanted = "a predicate (name, leaf) -> bool"
+        check_callable(call, "variables", variables, 2, wanted)
     return variables
 
 
@@ -187,11 +215,21 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
     """
     check_variables(call, variables)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
+    if not names:  # nothing, or a placeholder that stands for parameters
+        return []
     chosen = _choose(call, variables, params, names, leaves)
     selected = [
         wanted and is_inexact(leaf) for wanted, leaf in zip(chosen, leaves, strict=True)
     ]
-    if names and not any(selected) and variables is not None:
+    for name, leaf, wanted in zip(names, leaves, selected, strict=True):
+        if wanted and is_float8(leaf):
+            raise refusal(
+                call,
+                f"the parameter {quoted(name)} is {short_repr(leaf)}, too coarse to be "
+                "trained. Keep it in bfloat16 and cast it in the loss, or name the "
+                "others with variables.",
+            )
+    if not any(selected) and variables is not None:
         raise argument_error(
             call,
             "variables",
@@ -228,17 +266,24 @@ def is_pattern_list(value: Any) -> bool:
 
 def is_mask(value: Any) -> bool:
     """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
-    leaves = jax.tree.leaves(value)
+    if isinstance(value, Iterator):  # which JAX would take for a leaf
+        return False
+    try:
+        leaves = jax.tree.leaves(value)
+    except (RecursionError, SystemError):  # a list that holds itself
+        return False
     return bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
 
 
 def _mask_leaves(call: str, mask: Any, params: Any, names: list[str]) -> list[bool]:
     # By name, not by structure: an nnx State meets its own plain arrays in an update.
     if leaf_names(mask) != names:
-        raise ValueError(
-            f"{call}(variables={short_repr(mask)}): a tree of bools must have the "
-            "structure "
-            f"of the parameters, {jax.tree.structure(params)}. Names, patterns or a "
-            "predicate (name, leaf) -> bool are accepted, too."
+        raise argument_error(
+            call,
+            "variables",
+            mask,
+            "a tree of bools must have the structure of the parameters, "
+            f"{jax.tree.structure(params)}. Names, patterns or a predicate (name, "
+            "leaf) -> bool are accepted, too.",
         )
     return [bool(leaf) for leaf in jax.tree.leaves(mask)]

@@ -37,6 +37,7 @@ from optloss.mesh import (
     reduce_over_mesh,
     varying_axes,
 )
+from optloss.messages import check_axis_name
 from optloss.trees import inexact_leaves, norm_dtype
 from optloss.typing import PyTree
 
@@ -71,6 +72,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:
     See also:
         :func:`clip_by_global_norm`, which measures the gradient with it.
     """
+    check_axis_name("global_norm", axis_name)
     dtype = norm_dtype(tree)
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:

@@ -50,19 +50,22 @@ def optimize_loss(
             new_model_state)`` or ``(loss, new_model_state, aux)``.
         global_step: Where the step counter starts, or ``None`` for no counter.
         learning_rate: A number, a 0-d array, or a schedule (a function of the step).
-            ``None`` with an optimizer that brings its own rate.
+            ``None`` with an optimizer that brings its own rate. A mapping from names or
+            patterns to any of these gives groups of parameters rates of their own.
         optimizer: A name such as ``"adam"`` or ``"adamw(weight_decay=0.1)"``
             (:func:`list_optimizers`; capitalised names are TensorFlow's); a function of
             the learning rate; a class built from the rate; an optax transformation,
             whose own rate then governs; with ``learning_rate=None``, a function without
-            arguments.
-        gradient_noise_scale: Standard deviation of Gaussian noise on the gradient, or a
-            transformation such as :func:`add_gradient_noise`.
+            arguments. A mapping from names or patterns to any of these gives groups of
+            parameters optimizers of their own, behind one clip and one guard.
+        gradient_noise_scale: Standard deviation of Gaussian noise on the gradient, a
+            function of the step that returns it, or a transformation such as
+            :func:`add_gradient_noise`.
         gradient_multipliers: Maps names or patterns of parameters to factors of their
-            gradient. Adam, Adagrad and RMSProp divide the gradient by its own size,
-            which nearly undoes a constant factor: with 0.1, the path of a parameter
-            over its first 1,000 updates was 1.00, 0.92 and 0.97 times what it was
-            without. See ``learning_rate_multipliers``.
+            gradient, numbers or functions of the step. Adam, Adagrad and RMSProp divide
+            the gradient by its own size, which nearly undoes a constant factor: with
+            0.1, the path of a parameter over its first 1,000 updates was 1.00, 0.92 and
+            0.97 times what it was without. See ``learning_rate_multipliers``.
         clip_gradients: Largest global norm (``inf`` only measures), a transformation
             such as :func:`adaptive_clipping`, or a function from a list of ``(gradient,
             variable)`` pairs to such a list.
@@ -136,7 +139,7 @@ def optimize_loss(
             if summaries is None
             else tuple(summaries),
             name="OptimizeLoss" if name is None else name,
-            histogram_every=histogram_every,
+            histogram_every=int(histogram_every),
             axis_name=axis_name,
         ),
         colocate_gradients_with_ops=colocate_gradients_with_ops,

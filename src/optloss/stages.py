@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optloss.fast.packing import is_elementwise
-from optloss.typing import Pattern, PyTree, Scalar
+from optloss.groups import Groups
+from optloss.transforms.multipliers import Multipliers
+from optloss.typing import PyTree
 
 Extra = Mapping[str, PyTree]
 
@@ -20,7 +22,8 @@ class Stage(NamedTuple):
     text: str
     transform: optax.GradientTransformationExtraArgs
     scope: str = "identity"  # under which a profile shows it
-    rules: Mapping[Pattern, Scalar] = types.MappingProxyType({})  # of multipliers
+    rules: Multipliers = types.MappingProxyType({})  # of multipliers
+    groups: Groups | None = None  # of several optimizers or rates
 
 
 NOTHING = Stage("", optax.with_extra_args_support(optax.identity()))
@@ -34,6 +37,19 @@ class Stages(NamedTuple):
     clip: Stage = NOTHING
     optimizer: Stage = NOTHING
     rate_multipliers: Stage = NOTHING
+
+
+class ChainState(NamedTuple):
+    """The states of the stages, in their order."""
+
+    noise: PyTree
+    clip: PyTree
+    optimizer: PyTree
+    # uint8 [bytes], which leaves are packed; None for none
+    packed: jax.Array | None = None
+    # A count each, where a multiplier is a function of the step.
+    multipliers: PyTree = optax.EmptyState()
+    rate_multipliers: PyTree = optax.EmptyState()
 
 
 def run(

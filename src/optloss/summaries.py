@@ -5,7 +5,7 @@ that returns a dict from tag to scalar. :func:`get_summaries` finds such states 
 they are wrapped, so nothing has to be computed, or passed along, a second time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,8 +105,12 @@ def _measuring(tree: Any) -> Iterator[Any]:
 
 def _plain(state: Any) -> Any:
     # An nnx.Optimizer keeps the structure of a state and wraps its arrays in Variables.
-    fields = (f.get_value() if hasattr(f, "get_value") else f for f in state)
-    return type(state)(*fields)
+    def wraps(node: Any) -> bool:
+        return hasattr(node, "get_value")
+
+    return jax.tree.map(
+        lambda node: node.get_value() if wraps(node) else node, state, is_leaf=wraps
+    )
 
 
 class Asked(NamedTuple):
@@ -141,7 +145,7 @@ class Measured(NamedTuple):
 def step_summaries(
     asked: Asked,
     loss: jax.Array,
-    rate: jax.Array | None,
+    rates: Mapping[str, jax.Array],
     measured: Measured | None,
     step: jax.Array | None,
 ) -> dict[str, Any]:
@@ -150,15 +154,15 @@ def step_summaries(
     Args:
         asked: What is to be reported.
         loss: The loss before the update.
-        rate: The learning rate of the update, where it is known.
+        rates: The learning rates of the update by tag, where they are known.
         measured: The gradient, where anything of it is asked for.
         step: The step before its increment, where there is a counter.
     """
     found: dict[str, Any] = {}
     if "loss" in asked.summaries:
         found[LOSS] = loss
-    if "learning_rate" in asked.summaries and rate is not None:
-        found[LEARNING_RATE] = rate
+    if "learning_rate" in asked.summaries:
+        found |= rates
     if measured is not None and asked.norms:
         found |= _norms(asked, measured)
     if measured is not None and "gradients" in asked.summaries:

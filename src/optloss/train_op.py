@@ -15,14 +15,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optloss.adopt import adopt_state
 from optloss.arguments import as_arrays
-from optloss.chain import Chain, ChainState
+from optloss.chain import Chain
 from optloss.describe import describe, one_line
+from optloss.donation import clear_if_deleted, copies_of_donated
+from optloss.evaluation import evaluation_params
+from optloss.extra import fill_masked
 from optloss.fast.handover import Stacked
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, call_loss, run_update_ops
 from optloss.mesh import kept_shardings, shard_like, shard_state
 from optloss.messages import short_repr
+from optloss.stages import ChainState
+from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
 from optloss.trees import (
     increment,
@@ -60,6 +66,7 @@ class UpdateContext(NamedTuple):
     step: jax.Array | None  # before its increment
 
 
+ADOPT = "train_op.adopt(state) makes one of it, with all that fits."
 Step: TypeAlias = tuple[TrainOpState, StepOutput]
 
 
@@ -176,22 +183,69 @@ class TrainOp:
         placed: TrainOpState = shard_state(state, params)
         return placed
 
+    def adopt(self, old_state: Any, params: Any = None) -> TrainOpState:
+        """Return a state of this op that goes on from the state of another op.
+
+        For a run that is changed on the way: a layer unfrozen or added, a stage more or
+        less, another optimizer, packed or not. Kept is what the old state has under the
+        same name and shape: parameters, model_state, step, moments by parameter, noise,
+        statistics of a clip of the same kind, counters. The rest is fresh.
+
+        Args:
+            old_state: A :class:`TrainOpState`, or the nested dicts that a checkpointer
+                made of one.
+            params: Parameters that are new, or in another container. Those of the old
+                state's names and shapes take their values from it.
+
+        Returns:
+            A state that shares no buffer with the arguments.
+
+        Raises:
+            ValueError: If ``old_state`` is no such state, or is packed and does not say
+                which parameters are; as :meth:`init`.
+
+        Note:
+            A ``UserWarning`` says which parameters are newly trained under a count that
+            has moved on: with Adam's bias correction their first steps are up to six
+            times too long.
+
+        Example:
+            >>> import jax.numpy as jnp, optloss
+            >>> def op(**options):
+            ...     return optloss.optimize_loss(
+            ...         lambda p: jnp.sum(p["w"] ** 2),
+            ...         global_step=0, learning_rate=0.1, optimizer="adam", **options
+            ...     )
+            >>> state, _ = op()(op().init({"w": jnp.ones(2)}))
+            >>> state = op(clip_gradients=1.0).adopt(state)
+            >>> print(state.step, state.opt_state.optimizer.inner[0].count)
+            1 1
+
+        See also:
+            :func:`carry_over`, for the state of a chain.
+        """
+        state = adopt_state("train_op.adopt", self.init, old_state, params)
+        placed: TrainOpState = shard_state(state, state.params)
+        return placed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainOp":
+        """Return the op itself: it never changes."""
+        return self
+
     def __call__(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
-        """Make one step, compiled; the buffers of ``state`` are donated."""
+        """Make one step, compiled; the buffers of ``state`` are donated.
+
+        Arrays of ``state`` may also be among the arguments: they are copied before.
+        """
         _check_state(state)
-        try:
+        state = _with_step_as_array(state)
+        with clear_if_deleted("train_op(state)", state):
+            if self.donate:
+                args, kwargs = copies_of_donated(state, (args, kwargs))
             new_state, loss, aux, found = self._compiled_for(state)(
                 state, *args, **kwargs
             )
             return new_state, StepOutput(loss, aux, found.summaries())
-        except (RuntimeError, ValueError) as error:
-            if "deleted" in str(error) and _is_deleted(state):
-                raise ValueError(
-                    "train_op(state): this state was given to an earlier call, which "
-                    "donated its buffers. Go on from the state that call returned, or "
-                    "build the op with donate=False."
-                ) from error
-            raise
 
     def _compiled_for(self, state: TrainOpState) -> Callable[..., Any]:
         shardings = kept_shardings(state, state.params)
@@ -247,8 +301,48 @@ class TrainOp:
                 than the contract of :func:`optimize_loss` says.
         """
         _check_state(state)
-        with jax.named_scope(self.name or "OptimizeLoss"):
+        state = _with_step_as_array(state)
+        with (
+            clear_if_deleted("train_op.update(state)", state),
+            jax.named_scope(self.name or "OptimizeLoss"),
+        ):
             return self._step(state, args, kwargs)
+
+    def evaluation_params(self, state: TrainOpState) -> Any:
+        """Return the parameters to evaluate with.
+
+        A schedule-free optimizer trains at other parameters than those it is to be
+        judged by; with any other they are those of the state.
+
+        Args:
+            state: What :meth:`init` or a step returned; its arrays may be traced.
+
+        Returns:
+            A tree like ``state.params``, of arrays of its own, which a donated step
+            does not take.
+
+        Example:
+            >>> import jax.numpy as jnp, optloss
+            >>> train_op = optloss.optimize_loss(
+            ...     lambda w: w**2, global_step=0, learning_rate=0.5,
+            ...     optimizer="schedule_free_sgd",
+            ... )
+            >>> state = train_op.init(jnp.array(1.0))
+            >>> for _ in range(9):
+            ...     state, output = train_op(state)
+            >>> print(train_op.evaluation_params(state) == state.params)
+            False
+
+        References:
+            Defazio et al., *The Road Less Scheduled*, 2024, arXiv:2405.15682.
+        """
+        _check_state(state)
+        selected = self.chain.selected(state.params)
+        trained = select_leaves(state.params, selected)
+        layout, size = self.chain.layout(trained), self.chain.pack_size
+        moved = evaluation_params(state.opt_state, trained, layout, size)
+        params = merge_leaves(moved, state.params, selected)
+        return jax.tree.map(own_copy, params)
 
     def _step(
         self,
@@ -259,13 +353,12 @@ class TrainOp:
     ) -> Step:
         selected = self.chain.selected(state.params)
         trained = select_leaves(state.params, selected)
+        self._check_whose(state, trained)
         outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
         if self.colocate_gradients_with_ops:
             wanted = None if shardings is None else select_leaves(shardings, selected)
             gradients = shard_like(gradients, trained, wanted)
-        extra = {"value": outcome.loss}
-        if state.step is not None:
-            extra["step"] = state.step
+        extra = self._extra(state, outcome, gradients, args, kwargs)
         shaped, before = self.chain.before(gradients, state.opt_state, trained, extra)
         norm = self.chain.norm(shaped)
 
@@ -289,11 +382,41 @@ class TrainOp:
         measured = None
         if self.asked.gradients:
             measured = self.chain.measured(shaped, before, trained, extra, norm)
-        rate = self.chain.rate(opt_state)
-        summaries = step_summaries(self.asked, outcome.loss, rate, measured, state.step)
+        rates = self.chain.rates(opt_state)
+        summaries = step_summaries(
+            self.asked, outcome.loss, rates, measured, state.step
+        )
         params = merge_leaves(moved, state.params, selected)
         new_state = TrainOpState(step, params, model_state, opt_state)
         return new_state, StepOutput(outcome.loss, outcome.aux, summaries)
+
+    def _check_whose(self, state: TrainOpState, trained: PyTree) -> None:
+        """Refuse a state of another op; while tracing, so at no cost to a step."""
+        call = "train_op(state)"
+        counter = jax.ShapeDtypeStruct((), jnp.int32)
+        step = None if self.global_step is None else counter
+        check_part(call, "step counter", state.step, step, ADOPT)
+        if self.update_ops and state.model_state is None:
+            raise part_error(call, "model_state", "none", "what update_ops work on", "")
+        self.chain.check(call, state.opt_state, trained, ADOPT)
+
+    def _extra(
+        self, state: TrainOpState, outcome: Outcome, gradients: Any, args: Any, kw: Any
+    ) -> dict[str, Any]:
+        """Return what the transforms may ask for besides the gradient."""
+
+        def value_fn(trained: Any, step: Any = None) -> jax.Array:
+            del step  # optax hands on all that a line search does not name
+            params = fill_masked(trained, state.params)
+            stateful = self.update_ops is not None
+            return call_loss(
+                self.loss, params, state.model_state, stateful, args, kw
+            ).loss
+
+        # As JAX gives it, which is what the line searches compute with.
+        grad = _conjugate(gradients)
+        extra = {"value": outcome.loss, "grad": grad, "value_fn": value_fn}
+        return extra if state.step is None else {**extra, "step": state.step}
 
     def _differentiate(
         self,
@@ -314,10 +437,11 @@ class TrainOp:
 
         (_, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
         # JAX's gradient of a complex leaf points uphill only once it is conjugated.
-        gradients = map_inexact(
-            lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradients
-        )
-        return outcome, gradients
+        return outcome, _conjugate(gradients)
+
+
+def _conjugate(tree: Any) -> Any:
+    return map_inexact(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, tree)
 
 
 def _check_state(state: Any) -> None:
@@ -334,8 +458,8 @@ def _check_state(state: Any) -> None:
         )
 
 
-def _is_deleted(state: Any) -> bool:
-    return any(
-        isinstance(leaf, jax.Array) and leaf.is_deleted()
-        for leaf in jax.tree.leaves(state)
-    )
+def _with_step_as_array(state: TrainOpState) -> TrainOpState:
+    # A restored step may be an int, whose weak type would be compiled for by itself.
+    if not isinstance(state.step, int):
+        return state
+    return state._replace(step=jnp.asarray(state.step, jnp.int32))

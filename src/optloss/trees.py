@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -18,6 +19,11 @@ def is_inexact(leaf: Any) -> bool:
     """Tell whether ``leaf`` is a floating or complex array, or the shape of one."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def is_float8(leaf: Any) -> bool:
+    """Tell whether ``leaf`` is floating, and too coarse to add an update to."""
+    return is_inexact(leaf) and jnp.finfo(leaf.dtype).bits < 16
 
 
 def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -31,6 +37,8 @@ def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def accumulator_dtype(dtype: Any) -> Any:
     """Return the dtype sums over ``dtype`` are kept in: at least float32, same kind."""
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
+        return jnp.dtype(jnp.float32)  # which JAX does not promote float8 to by itself
     return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
 
 
@@ -58,6 +66,20 @@ def own_copy(leaf: Any) -> jax.Array:
     leaf = jnp.array(leaf, copy=True)
     weak = getattr(leaf, "weak_type", False)  # an array of random keys has none
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
+
+
+def own_copies(leaves: list[Any]) -> list[Any]:
+    """Return copies of the arrays among ``leaves``, none of which share a buffer.
+
+    The list is emptied on the way: no more than one leaf is held twice.
+    """
+    copies = []
+    leaves.reverse()
+    while leaves:
+        leaf = leaves.pop()
+        abstract = not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float))
+        copies.append(leaf if abstract else own_copy(leaf))
+    return copies
 
 
 def to_float32(tree: Any) -> Any:
@@ -141,3 +163,10 @@ def keep_dtypes(new: Any, old: Any) -> Any:
 def inexact_only(tree: Any) -> Any:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def is_transformation(value: Any) -> bool:
+    """Tell whether ``value`` is an instance with ``init`` and ``update``."""
+    return not isinstance(value, type) and all(
+        callable(getattr(value, name, None)) for name in ("init", "update")
+    )

@@ -232,7 +232,7 @@ def test_it_says_what_it_is():
     [
         (
             lambda: optimize_loss(Net(), None, **BASE),
-            "optimize_loss(loss=None): must be a function loss(params, *args).",
+            "optimize_loss(loss=None): must be a function loss(model, *args).",
         ),
         (
             lambda: optimize_loss(Net(), lambda *_: (0.0, 1, 2), **BASE)(X, Y),

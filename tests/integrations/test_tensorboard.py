@@ -14,13 +14,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from optloss.histograms import histogram
+from optloss.histograms import Histogram, histogram
 from optloss.integrations import tensorboard
 from optloss.integrations.tensorboard import SummaryWriter
 
 NOT_A_STEP = (
-    "must be a Python int. Count the steps in Python: reading one from the device "
-    "would wait for it."
+    "must be a Python int of 64 bits. Count the steps in Python: reading one from the "
+    "device would wait for it."
 )
 NOT_A_VALUE = (
     "must be a real scalar or a Histogram under a str, or those of several steps "
@@ -431,6 +431,22 @@ REFUSED = {
         (jnp.int32(3), {}),
         f"SummaryWriter.write(step=int32[]): {NOT_A_STEP}",
     ),
+    "a step beyond 64 bits": (
+        (2**63, {}),
+        f"SummaryWriter.write(step=9223372036854775808): {NOT_A_STEP}",
+    ),
+    "a number beyond float64": (
+        (0, {"a": 10**400}),
+        f"SummaryWriter.write(summaries['a']=1{'0' * 56}...): {NOT_A_VALUE}",
+    ),
+    "a tag that is no UTF-8": (
+        (0, {"\udcff": 1.0}),
+        f"SummaryWriter.write(summaries['\\udcff']=1.0): {NOT_A_VALUE}",
+    ),
+    "a histogram of lists": (
+        (0, {"a": Histogram(0.0, 1.0, 2, 1.0, 1.0, 0, [0.0, 1.0], [1, 1])}),
+        f"SummaryWriter.write(summaries['a']=Histogram(float32[])): {NOT_A_VALUE}",
+    ),
     "no dict": (
         (0, [1.0]),
         "SummaryWriter.write(summaries=[1.0]): must be a dict from tag to value, such "
@@ -499,3 +515,41 @@ def test_without_tensorboardx_the_import_says_what_to_install(monkeypatch):
     )
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         importlib.import_module("optloss.integrations.tensorboard")
+
+
+def test_a_donated_value_is_refused(tmp_path):
+    gone = jnp.ones(())
+    gone.delete()
+    with SummaryWriter(tmp_path) as writer:
+        refused(
+            lambda: writer.write(0, {"a": gone}),
+            "SummaryWriter.write(summaries['a']=float32[]): was donated to a later "
+            "step, and is deleted. Write it before that step.",
+        )
+
+
+FORKED = """
+import os, sys, warnings
+from optloss.integrations.tensorboard import SummaryWriter
+warnings.simplefilter("ignore")
+writer = SummaryWriter(sys.argv[1])
+writer.write(0, {"a": 1.0})
+child = os.fork()
+if child == 0:
+    refused = 0
+    for call in (writer.flush, lambda: writer.write(1, {"a": 1.0})):
+        try:
+            call()
+        except ValueError as error:
+            refused += "forked" in str(error)
+    writer.close()
+    os._exit(refused)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+writer.close()
+"""
+
+
+def test_a_forked_process_neither_hangs_nor_writes(tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", FORKED, str(tmp_path)], check=True, timeout=300
+    )

@@ -22,6 +22,7 @@ RATES = {
     "dog": 1.0,
     "dowg": 1.0,
     "lars": 10.0,
+    "lbfgs": 1.0,
     "prodigy": 1.0,
     "simplified_ademamix": 1e-4,
 }
@@ -59,7 +60,13 @@ def test_an_optimizer_trains_floats_and_half_floats_with_one_trace(name):
         traces.append(None)
         value, gradients = jax.value_and_grad(loss_of, allow_int=True)(params)
         updates, state = transform.update(
-            gradients, state, params, value=value, step=jnp.array(0)
+            gradients,
+            state,
+            params,
+            value=value,
+            step=jnp.array(0),
+            grad=gradients,
+            value_fn=lambda trained, step: loss_of(trained),
         )
         updates["table"] = jnp.zeros_like(params["table"])
         return optax.apply_updates(params, updates), state
@@ -102,7 +109,6 @@ def takes_a_rate_alone(function):
 # Transforms and not optimizers, in need of more than a gradient and a loss, or
 # deprecated (optimistic_adam).
 LEFT_OUT = {
-    "lbfgs",
     "optimistic_adam",
     "scale_by_learning_rate",
     "scale_by_madgrad",

@@ -36,6 +36,7 @@ from jax import lax
 
 from optloss.fast.normals import CUT, SIGN, Words, counters, normals, threefry
 from optloss.mesh import cond_on_mesh, explicit_sharding, is_whole
+from optloss.trees import accumulator_dtype
 
 THREEFRY = "threefry2x32"
 
@@ -233,7 +234,9 @@ def _key_table(
     root: jax.Array, shard: jax.Array | None, names: tuple[str, ...]
 ) -> jax.Array:
     """Return the words ``[names, words]`` of the keys of all names."""
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    # A name that was read off a disk may be no valid UTF-8.
+    texts = [name.encode(errors="surrogatepass") for name in names]
+    digests = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
     words = jnp.asarray(np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2))
     root = root if shard is None else jax.random.fold_in(root, shard)
     # Of fold_in a vmap is not safe: unsafe_rbg's depends on the size of the batch.
@@ -257,7 +260,7 @@ def _groups(leaves: Leaves, owners: tuple[int, ...]) -> list[list[int]]:
 
 
 def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.promote_types(accumulator_dtype(dtype), jnp.float32)
 
 
 def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ looks at a leaf's shape or norm (adafactor, muon, lamb, lars) is refused, and so
 that chooses leaves by their rank or name (a weight decay that spares the biases).
 """
 
+import hashlib
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -18,9 +20,9 @@ import numpy as np
 import optax
 
 from optloss.mesh import cond_on_mesh
-from optloss.names import select
+from optloss.names import leaf_names
 from optloss.trees import is_inexact, select_leaves
-from optloss.typing import PyTree, Variables
+from optloss.typing import PyTree
 
 GROUP = 16
 """Leaves concatenated at once: XLA copies a few operands, and searches among many."""
@@ -30,9 +32,16 @@ PROBE = {"embedding": (), "kernel": (129, 130), "bias": (17,), "norm_scale": (3,
 
 
 class PackedTree(NamedTuple):
-    """A tree whose small leaves lie in one vector for each dtype."""
+    """A tree whose small leaves lie in one vector for each dtype.
 
-    vectors: dict[str, jax.Array]  # [elements] by dtype of the leaves
+    The key of a vector is its dtype and a digest of the names of what lies in it. Keys
+    are structure, so that a trace can tell two selections of like shapes apart, and
+    they are kept by every saver that keeps the keys of a dict. The names themselves are
+    once in a state, in the table of :func:`table_of`: they are long, and as static data
+    of a node of our own Orbax and msgpack would lose them.
+    """
+
+    vectors: dict[str, jax.Array]  # [elements] by dtype and names of the leaves
     large: PyTree  # the tree, with optax.MaskedNode() in place of the small leaves
 
 
@@ -40,6 +49,7 @@ class Slot(NamedTuple):
     """Where one leaf lies."""
 
     place: int  # among the leaves of the tree
+    name: str
     shape: tuple[int, ...]
 
     @property
@@ -82,6 +92,8 @@ def pack_small_leaves(
     ) -> tuple[PyTree, PyTree]:
         # The state is laid out by the parameters; a gradient's dtype may differ.
         layout = layout_of(updates if params is None else params, size)
+        for argument in ("grad", "value_fn"):  # what needs them is never packed
+            extra.pop(argument, None)
         beside = None if params is None else pack(params, layout)
         packed: PyTree
         packed, state = inner.update(pack(updates, layout), state, beside, **extra)
@@ -92,20 +104,64 @@ def pack_small_leaves(
 
 def layout_of(tree: PyTree, size: int) -> Layout:
     """Return the layout in which the inexact leaves of at most ``size`` are packed."""
-    vectors: dict[str, list[Slot]] = {}
-    for place, leaf in enumerate(jax.tree.leaves(tree)):
+    found: dict[str, list[Slot]] = {}
+    leaves = jax.tree.leaves(tree)
+    for place, (name, leaf) in enumerate(zip(leaf_names(tree), leaves, strict=True)):
         if is_inexact(leaf) and leaf.size <= size:
-            slot = Slot(place, tuple(leaf.shape))
-            vectors.setdefault(jnp.dtype(leaf.dtype).name, []).append(slot)
-    return Layout(vectors)
+            slot = Slot(place, name, tuple(leaf.shape))
+            found.setdefault(jnp.dtype(leaf.dtype).name, []).append(slot)
+    return Layout({_key(dtype, slots): slots for dtype, slots in found.items()})
 
 
-def pack(tree: PyTree, layout: Layout) -> PackedTree:
-    """Return ``tree`` packed; its leaves may have other dtypes than the layout's."""
+def _key(dtype: str, slots: list[Slot]) -> str:
+    names = json.dumps([slot.name for slot in slots])
+    return f"{dtype}-{hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
+
+def table_of(layout: Layout) -> jax.Array:
+    """Return names and shapes of the packed leaves, as an array: uint8 [bytes].
+
+    Every saver keeps an array.
+    """
+    rows = {
+        key: [(slot.name, slot.shape) for slot in slots]
+        for key, slots in layout.vectors.items()
+    }
+    return jnp.asarray(np.frombuffer(json.dumps(rows).encode(), np.uint8))
+
+
+def read_table(table: Any) -> Layout:
+    """Return the layout whose :func:`table_of` is ``table``, places left out."""
+    words = np.asarray(table)
+    words = words.reshape(-1, words.shape[-1])[0]  # under vmap, one like the other
+    rows = json.loads(words.astype(np.uint8).tobytes())
+    return Layout(
+        {
+            key: [Slot(-1, name, tuple(shape)) for name, shape in slots]
+            for key, slots in rows.items()
+        }
+    )
+
+
+def pack(tree: PyTree, layout: Layout) -> PyTree:
+    """Return ``tree`` packed; its leaves may have other dtypes than the layout's.
+
+    What holds nothing to pack is returned as it is, optax's placeholders for parameters
+    among it.
+    """
+    if not layout.vectors:
+        return tree
+    leaves = jax.tree.leaves(tree)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return jax.eval_shape(lambda tree: _pack(tree, layout), tree)
+    return _pack(tree, layout)
+
+
+def _pack(tree: PyTree, layout: Layout) -> PackedTree:
     leaves = jax.tree.leaves(tree)
     vectors = {
-        dtype: _concatenate([jnp.ravel(leaves[slot.place]) for slot in slots])
-        for dtype, slots in layout.vectors.items()
+        key: _concatenate([jnp.ravel(leaves[slot.place]) for slot in slots])
+        for key, slots in layout.vectors.items()
     }
     kept = [i not in layout.places for i in range(len(leaves))]
     return PackedTree(vectors, select_leaves(tree, kept))
@@ -119,11 +175,13 @@ def _concatenate(pieces: list[jax.Array]) -> jax.Array:
     return pieces[0]
 
 
-def unpack(packed: PackedTree, template: PyTree, layout: Layout) -> PyTree:
+def unpack(packed: PyTree, template: PyTree, layout: Layout) -> PyTree:
     """Return the tree that was packed, in the structure of ``template``."""
+    if not layout.vectors:
+        return packed
     leaves, structure = jax.tree.flatten(template)
-    for dtype, slots in layout.vectors.items():
-        vector = packed.vectors[dtype]
+    for key, slots in layout.vectors.items():
+        vector = packed.vectors[key]
         for slot, start in zip(slots, _starts(vector, slots), strict=True):
             piece = jax.lax.dynamic_slice_in_dim(vector, start, slot.size)
             leaves[slot.place] = piece.reshape(slot.shape)
@@ -165,94 +223,6 @@ def _opaque_true(array: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(first, f"uint{first.dtype.itemsize * 8}")
     always: jax.Array = jax.lax.population_count(bits) <= bits.dtype.itemsize * 8
     return always
-
-
-def unpack_state(
-    state: PyTree, params: PyTree, size: int, *, variables: Variables = None
-) -> PyTree:
-    """Return the state of a run with ``pack_small_leaves=size`` as it is without.
-
-    Args:
-        state: A ``TrainOpState`` or the state of :func:`make_optimizer`.
-        params: The parameters of the run; shapes are enough.
-        size: The ``pack_small_leaves`` the state was made with.
-        variables: The ``variables`` it was made with.
-
-    Returns:
-        The same state with ordinary leaves in place of packed vectors.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optloss
-        >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
-        >>> packed = optloss.make_optimizer(0.1, "adam", pack_small_leaves=4)
-        >>> plain = optloss.make_optimizer(0.1, "adam")
-        >>> state = unpack_state(packed.init(params), params, 4)
-        >>> jax.tree.structure(state) == jax.tree.structure(plain.init(params))
-        True
-
-    See also:
-        :func:`pack_state`, the other way.
-    """
-    trained = select_leaves(params, select("unpack_state", variables, params))
-    layout = layout_of(trained, size)
-    return jax.tree.map(
-        lambda node: unpack(node, trained, layout) if _is_packed(node) else node,
-        state,
-        is_leaf=_is_packed,
-    )
-
-
-def pack_state(
-    state: PyTree, params: PyTree, size: int, *, variables: Variables = None
-) -> PyTree:
-    """Return the state of a run without packing as it is with it.
-
-    Args:
-        state: A ``TrainOpState`` or the state of :func:`make_optimizer`.
-        params: The parameters of the run; shapes are enough.
-        size: The ``pack_small_leaves`` of the run that is to go on from it.
-        variables: The ``variables`` it was made with.
-
-    Returns:
-        The same state with every tree that mirrors the trained parameters packed. The
-        ``params`` of a ``TrainOpState`` stay as they are.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optloss
-        >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
-        >>> packed = optloss.make_optimizer(0.1, "adam", pack_small_leaves=4)
-        >>> plain = optloss.make_optimizer(0.1, "adam")
-        >>> state = pack_state(plain.init(params), params, 4)
-        >>> jax.tree.structure(state) == jax.tree.structure(packed.init(params))
-        True
-
-    See also:
-        :func:`unpack_state`, the other way.
-    """
-    if hasattr(state, "opt_state"):
-        opt_state = pack_state(state.opt_state, params, size, variables=variables)
-        return state._replace(opt_state=opt_state)
-    trained = select_leaves(params, select("pack_state", variables, params))
-    layout, shapes = layout_of(trained, size), _shapes(trained)
-
-    def mirrors(node: Any) -> bool:
-        return _shapes(node) == shapes
-
-    return jax.tree.map(
-        lambda node: pack(node, layout) if mirrors(node) else node,
-        state,
-        is_leaf=mirrors,
-    )
-
-
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, PackedTree)
-
-
-def _shapes(tree: Any) -> tuple[Any, ...]:
-    """Return what the trees of moments of one tree of parameters have in common."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
 
 
 def is_elementwise(transform: optax.GradientTransformation) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import optax
 
-from optloss.messages import argument_error
+from optloss.messages import argument_error, quoted
 
 try:
     from flax.training import train_state
@@ -80,7 +80,8 @@ class TrainState(train_state.TrainState):
             ValueError: If ``extra`` is no mapping, or the state has no such field.
         """
         call = "TrainState.apply_gradients"
-        if extra is not None and not isinstance(extra, Mapping):
+        named = isinstance(extra, Mapping) and all(isinstance(n, str) for n in extra)
+        if extra is not None and not named:
             cure = "must map names to values, such as {'value': loss}."
             raise argument_error(call, "extra", extra, cure)
         known = {field.name for field in dataclasses.fields(self)}
@@ -90,7 +91,7 @@ class TrainState(train_state.TrainState):
                 name,
                 fields[name],
                 "the state has no such field. If it is meant for the optimizer, pass "
-                f"extra={{{name!r}: ...}}.",
+                f"extra={{{quoted(name)}: ...}}.",
             )
         tx = optax.with_extra_args_support(self.tx)
         update = functools.partial(tx.update, **(extra or {}))

@@ -11,7 +11,13 @@ from typing import Any
 
 import jax
 
-from optloss.messages import short_repr
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    refusal,
+    short_repr,
+    short_text,
+)
 from optloss.optimize import optimize_loss as optimize_pure_loss
 from optloss.train_op import StepOutput, TrainOp, TrainOpState
 from optloss.trees import own_copy
@@ -79,11 +85,11 @@ class ModelTrainOp:
         """
         expected: Any = jax.tree.structure(self._state)
         if expected != jax.tree.structure(state):
-            raise ValueError(
-                f"op.restore(state={short_repr(state)}): it is not a state of this "
-                "run, "
-                f"whose structure is {expected}. Restore into op.state."
+            problem = (
+                f"it is not a state of this run, whose structure is {expected}. "
+                "Restore into op.state."
             )
+            raise argument_error("op.restore", "state", state, problem)
         self._state = jax.tree.map(own_copy, state)
         self._write()
 
@@ -163,7 +169,7 @@ def optimize_loss(
     See also:
         :func:`optloss.make_optimizer`, for an ``nnx.Optimizer`` in a loop of your own.
     """
-    graphdef, params, rest = _split(model, wrt)
+    graphdef, params, rest = _checked_split(model, wrt)
     train_op = optimize_pure_loss(
         _pure(loss, graphdef, wrt),
         global_step,
@@ -173,6 +179,17 @@ def optimize_loss(
         **keywords,
     )
     return ModelTrainOp(model, train_op, (_slots(params), _slots(rest)))
+
+
+def _checked_split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(model, nnx.Module):
+        problem = "must be an nnx.Module."
+        raise argument_error("optimize_loss", "model", model, problem)
+    try:
+        return _split(model, wrt)
+    except (TypeError, ValueError) as error:
+        problem = f"must be an nnx filter, such as nnx.Param: {short_text(str(error))}"
+        raise argument_error("optimize_loss", "wrt", wrt, problem) from error
 
 
 def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
@@ -187,18 +204,18 @@ def _trees(state: TrainOpState) -> tuple[Any, Any]:
 
 def _pure(loss: Any, graphdef: Any, wrt: Any) -> Any:
     """Return ``loss`` as a function of trees of arrays."""
-    if not callable(loss):
-        return loss
+    wanted = "a function loss(model, *args)"
+    check_callable("optimize_loss", "loss", loss, 1, wanted, more=True)
 
     def pure_loss(params: Any, model_state: Any, *args: Any, **kwargs: Any) -> Any:
         model = nnx.merge(graphdef, params, model_state)
         result = loss(model, *args, **kwargs)
         parts = result if type(result) is tuple else (result,)
         if not 1 <= len(parts) <= 2:
-            raise ValueError(
-                f"optimize_loss: the loss returned {len(parts)} results. With an nnx "
-                "model it returns loss or (loss, aux); what it changes in the model is "
-                "kept."
+            raise refusal(
+                "optimize_loss",
+                f"the loss returned {len(parts)} results. With an nnx model it returns "
+                "loss or (loss, aux); what it changes in the model is kept.",
             )
         changed = nnx.to_pure_dict(_split(model, wrt)[2])
         return parts[0], changed, *parts[1:]

@@ -20,8 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.histograms import Histogram
-from optloss.mesh import is_traced
-from optloss.messages import argument_error, short_repr
+from optloss.mesh import is_deleted, is_traced
+from optloss.messages import (
+    argument_error,
+    check_int,
+    is_array,
+    is_encodable,
+    is_number,
+    is_real,
+    quoted,
+    refusal,
+    short_repr,
+)
 
 try:
     from tensorboardX.event_file_writer import EventsWriter
@@ -39,6 +49,9 @@ protos: Any = summary_pb2
 
 # A loop that is faster than the disk waits from here on, rather than fill the memory.
 MOST_PENDING = 1000
+
+LARGEST_STEP = 2**63 - 1
+LARGEST_NUMBER = 2**1023  # of a float64
 
 
 class SummaryWriter:
@@ -72,13 +85,9 @@ class SummaryWriter:
     """
 
     def __init__(self, logdir: str | os.PathLike[str], *, every: int = 1) -> None:
-        if not isinstance(logdir, (str, os.PathLike)):
+        if not _is_path(logdir):
             raise argument_error("SummaryWriter", "logdir", logdir, "must be a path.")
-        if not _is_int(every) or every < 1:
-            raise argument_error(
-                "SummaryWriter", "every", every, "must be an int >= 1."
-            )
-        self._every = int(every)
+        self._every = check_int("SummaryWriter", "every", every, 1, "an int >= 1.")
         self._closed = False
         self._worker = _Worker(logdir) if jax.process_index() == 0 else None
         self._stop = weakref.finalize(self, _stop, self._worker)
@@ -99,29 +108,37 @@ class SummaryWriter:
                 of these.
             OSError: If something handed over before could not be written.
         """
-        if self._closed:
-            raise ValueError(
-                "SummaryWriter.write: the writer is closed. Make another SummaryWriter."
-            )
-        if not _is_int(step):
-            raise argument_error(
-                "SummaryWriter.write",
-                "step",
-                step,
-                "must be a Python int. Count the steps in Python: reading one from the "
-                "device would wait for it.",
-            )
+        call = "SummaryWriter.write"
+        self._check_usable(call)
+        wanted = (
+            "a Python int of 64 bits. Count the steps in Python: reading one "
+            "from the device would wait for it."
+        )
+        step = check_int(call, "step", step, -LARGEST_STEP, wanted, LARGEST_STEP)
         count = _check_summaries(summaries)
-        first = -int(step) % self._every
+        if count is not None:
+            check_int(call, "step", step + count, -LARGEST_STEP, wanted, LARGEST_STEP)
+        first = -step % self._every
         rows = range(first, 1 if count is None else count, self._every)
         if self._worker is not None and summaries and rows:
-            steps = {int(step) + row: None if count is None else row for row in rows}
+            steps = {step + row: None if count is None else row for row in rows}
             self._worker.submit(_Pending(time.time(), steps, _pack(dict(summaries))))
 
     def flush(self) -> None:
         """Wait until all that was handed over is on disk."""
         if self._worker is not None and not self._closed:
+            self._check_usable("SummaryWriter.flush")
             self._worker.flush()
+
+    def _check_usable(self, call: str) -> None:
+        if self._closed:
+            raise refusal(call, "the writer is closed. Make another SummaryWriter.")
+        if self._worker is not None and self._worker.is_elsewhere:
+            raise refusal(
+                call,
+                "the writer belongs to the process that this one was forked from. Make "
+                "another SummaryWriter here.",
+            )
 
     def close(self) -> None:
         """Wait until all that was handed over is on disk, and close the file."""
@@ -163,9 +180,15 @@ class _Worker:
         self._file = EventsWriter(os.path.join(logdir, "events"), suffix)
         self._queue: queue.Queue[_Pending | None] = queue.Queue(MOST_PENDING)
         self._failure: Exception | None = None
+        self._process = os.getpid()
         # A daemon, for whoever forgets to close: else the interpreter would never end.
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this process was forked: its copy has no thread to wait for."""
+        return self._process != os.getpid()
 
     def submit(self, pending: _Pending) -> None:
         self._raise_failure()
@@ -177,6 +200,8 @@ class _Worker:
         self._raise_failure()
 
     def stop(self) -> None:
+        if self.is_elsewhere:
+            return
         self._queue.put(None)
         self._thread.join()
         self._file.close()
@@ -213,8 +238,11 @@ def _stop(worker: _Worker | None) -> None:
         worker.stop()
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _is_path(value: Any) -> bool:
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    path = os.fspath(value)
+    return isinstance(path, str) and "\0" not in path
 
 
 def _check_summaries(summaries: Any) -> int | None:
@@ -228,33 +256,56 @@ def _check_summaries(summaries: Any) -> int | None:
         )
     shapes = sorted({_check_value(tag, value) for tag, value in summaries.items()})
     if len(shapes) > 1:
-        raise ValueError(
-            f"SummaryWriter.write: the summaries have the shapes {shapes[0]} and "
-            f"{shapes[1]}. All must be of one step, or stacked of equally many."
+        raise refusal(
+            "SummaryWriter.write",
+            f"the summaries have the shapes {shapes[0]} and {shapes[1]}. All must be "
+            "of one step, or stacked of equally many.",
         )
     return shapes[0][0] if shapes and shapes[0] else None
 
 
 def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
-    call = f"SummaryWriter.write(summaries[{tag!r}]={short_repr(value)})"
-    if any(is_traced(leaf) for leaf in jax.tree.leaves(value)):
-        raise ValueError(
-            f"{call}: is traced. Return it from the jitted function, then write it."
+    call = f"SummaryWriter.write(summaries[{quoted(tag)}]={short_repr(value)})"
+    parts = value.tree_flatten()[0] if isinstance(value, Histogram) else (value,)
+    if any(map(is_traced, parts)):
+        raise refusal(
+            call, "is traced. Return it from the jitted function, then write it."
         )
-    shape = value.shape if isinstance(value, Histogram) else np.shape(value)
-    if not _is_real(value) or len(shape) > 1 or not isinstance(tag, str):
-        raise ValueError(
-            f"{call}: must be a real scalar or a Histogram under a str, or those of "
-            "several steps stacked by jax.lax.scan."
+    if any(map(is_deleted, parts)):
+        raise refusal(
+            call,
+            "was donated to a later step, and is deleted. Write it before that step.",
+        )
+    shape = _shape(value) if len(parts) == 1 else _histogram_shape(*parts)
+    named = isinstance(tag, str) and is_encodable(tag)
+    if shape is None or len(shape) > 1 or not named:
+        raise refusal(
+            call,
+            "must be a real scalar or a Histogram under a str, or those of several "
+            "steps stacked by jax.lax.scan.",
         )
     return shape
 
 
-def _is_real(value: Any) -> bool:
-    if isinstance(value, Histogram):
-        return True
-    dtype = getattr(value, "dtype", np.dtype(type(value)))
-    return any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer, bool))
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of real numbers, None where ``value`` is no such array."""
+    if isinstance(value, bool) or (is_number(value) and abs(value) < LARGEST_NUMBER):
+        return ()
+    if not (is_array(value) or isinstance(value, np.generic)):
+        return None
+    if not (is_real(value.dtype) or jnp.issubdtype(value.dtype, np.bool_)):
+        return None
+    return tuple(value.shape)
+
+
+def _histogram_shape(*parts: Any) -> tuple[int, ...] | None:
+    """Return the leading dimensions that all parts have, None if they do not fit."""
+    *scalars, limits, counts = map(_shape, parts)
+    if any(one is None or one != scalars[0] for one in scalars) or not counts:
+        return None
+    if (parts[-2] is not None and limits != counts) or counts[:-1] != scalars[0]:
+        return None
+    return scalars[0]
 
 
 def _pack(summaries: dict[str, Any]) -> _Packed:

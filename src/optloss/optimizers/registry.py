@@ -9,16 +9,30 @@ import ast
 import fnmatch
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from optloss.messages import argument_error, listing, nearest
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    listing,
+    nearest,
+    quoted,
+    short_text,
+)
 from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES
+from optloss.typing import PyTree
 
 Factory = Callable[..., optax.GradientTransformation]
+
+LONGEST_TEXT = 10_000
+PROBE = (("kernel", (3, 5)), ("bias", (5,)))
 
 OPTAX_NAMES = (
     "adabelief",
@@ -34,6 +48,7 @@ OPTAX_NAMES = (
     "fromage",
     "lamb",
     "lars",
+    "lbfgs",
     "lion",
     "nadam",
     "nadamw",
@@ -132,13 +147,8 @@ def register_optimizer(name: str, factory: Factory) -> None:
             name,
             "is taken. Choose another name; a registered one is never replaced.",
         )
-    if not callable(factory):
-        raise argument_error(
-            "register_optimizer",
-            "factory",
-            factory,
-            "must be a function of the learning rate that returns a transformation.",
-        )
+    wanted = "a function of the learning rate that returns a transformation"
+    check_callable("register_optimizer", "factory", factory, 1, wanted, more=True)
     _registered[name] = factory
 
 
@@ -160,11 +170,39 @@ def get_factory(call: str, text: str) -> Factory:
     _check_keywords(call, text, factory, keywords)
     bound = functools.partial(factory, **keywords)
     try:
-        bound(0.1)
-    except TypeError as error:
-        problem = f"its keywords were not taken: {error}. Give them other values."
-        raise argument_error(call, "optimizer", text, problem) from error
+        _try_out(bound)
+    except Exception as error:  # whatever it is, the first step would end in it
+        if _works(factory):
+            reason = short_text(str(error)).rstrip(".")
+            problem = f"its keywords were not taken: {reason}. Give them other values."
+            raise argument_error(call, "optimizer", text, problem) from error
     return functools.update_wrapper(bound, factory, assigned=("__module__", "__name__"))
+
+
+def _works(factory: Factory) -> bool:
+    """Tell whether ``factory`` can be tried out at all without keywords."""
+    try:
+        _try_out(factory)
+    except Exception:  # one of the caller's own may want parameters of its own
+        return False
+    return True
+
+
+def _try_out(factory: Factory) -> None:
+    """Trace one update of two small leaves; refuse one of another shape."""
+
+    def update(params: PyTree) -> PyTree:
+        # At a number: a factory that looks at its rate may not take a traced one.
+        transform = optax.with_extra_args_support(factory(0.1))
+        zero = jnp.zeros(())
+        state = transform.init(params)
+        updates, _ = transform.update(params, state, params, step=zero, value=zero)
+        return updates
+
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in PROBE}
+    for name, made in jax.eval_shape(update, shapes).items():
+        if made.shape != shapes[name].shape:
+            raise ValueError(f"an update of {shapes[name].shape} becomes {made.shape}")
 
 
 def title(text: str) -> str:
@@ -179,7 +217,7 @@ def title(text: str) -> str:
 
 def _unknown(name: str) -> str:
     close = nearest(name, _registered, 1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
+    hint = f"Did you mean {quoted(close[0])}? " if close else ""
     return f"no optimizer of that name. {hint}list_optimizers() prints them all."
 
 
@@ -188,6 +226,8 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
     if "(" not in text:
         return name, {}
     try:
+        if len(text) > LONGEST_TEXT:
+            raise ValueError
         node = ast.parse(text.strip(), mode="eval").body
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
@@ -220,5 +260,9 @@ def _check_keywords(
     taken = listing(known, 20) or "none"
     for keyword in keywords:
         if keyword not in known and not open_ended:
-            problem = f"it has no keyword {keyword!r}. It takes {taken}."
+            problem = f"it has no keyword {quoted(keyword)}. It takes {taken}."
+            raise argument_error(call, "optimizer", text, problem)
+        value = keywords[keyword]
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = f"the number {value} of {keyword!r} is not finite."
             raise argument_error(call, "optimizer", text, problem)

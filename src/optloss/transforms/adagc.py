@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import check_number
+from optloss.messages import check_axis_name, check_number
 from optloss.norms import global_norm, leaf_norms
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -136,6 +136,7 @@ def adagc(
         these are.
     """
     _check(relative, beta, warmup, absolute)
+    check_axis_name("adagc", axis_name)
 
     def init(params: optax.Params) -> AdaGCState:
         dtype = norm_dtype(params)

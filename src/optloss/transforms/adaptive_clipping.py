@@ -23,6 +23,7 @@ This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
   being high still raise the threshold step by step.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,14 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import argument_error, check_number, is_array
+from optloss.messages import (
+    argument_error,
+    check_axis_name,
+    check_choice,
+    check_number,
+    is_array,
+    is_real_scalar,
+)
 from optloss.norms import global_norm
 from optloss.summaries import (
     ADAPTIVE_MAX_NORM,
@@ -44,6 +52,8 @@ from optloss.summaries import (
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
 
+STATISTICS = ("current", "previous")
+
 BURN_IN = 5
 """Norms that ``statistics="previous"`` wants to have seen before it cuts one."""
 
@@ -56,7 +66,7 @@ class AdaptiveClippingState(NamedTuple):
     observed: jax.Array  # int32 [], those whose norm was finite
     mean: jax.Array  # float [], moving average of the log-norm
     sq_mean: jax.Array  # float [], and of its square
-    max_norm: jax.Array  # float [], threshold of the latest update
+    max_norm: jax.Array  # float [], latest threshold; before, the largest float
     norm: jax.Array  # float [], before the clip
     factor: jax.Array  # float [], what the gradient was multiplied by
 
@@ -77,6 +87,42 @@ class AdaptiveClippingState(NamedTuple):
             ADAPTIVE_SQ_MEAN: self.sq_mean,
             CLIP_THRESHOLD: self.max_norm,
         }
+
+
+class PreviousClippingState(NamedTuple):
+    """As :class:`AdaptiveClippingState`, under ``statistics="previous"``.
+
+    There a clipped norm enters the averages as clipped, so that neither way's averages
+    are of use to the other. By their own names a state is never taken for the other's.
+    """
+
+    step: jax.Array  # int32 [], updates so far
+    clipped: jax.Array  # int32 [], those that were clipped
+    observed: jax.Array  # int32 [], those whose norm was finite
+    previous_mean: jax.Array  # float [], moving average of the log-norm, as clipped
+    previous_sq_mean: jax.Array  # float [], and of its square
+    max_norm: jax.Array  # float [], threshold of the latest update
+    norm: jax.Array  # float [], before the clip
+    factor: jax.Array  # float [], what the gradient was multiplied by
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every leaf was multiplied by the factor."""
+        return True
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return AdaptiveClippingState(*self).measurements()
+
+    @property
+    def mean(self) -> jax.Array:
+        """The moving average of the log-norm."""
+        return self.previous_mean
+
+    @property
+    def sq_mean(self) -> jax.Array:
+        """The moving average of its square."""
+        return self.previous_sq_mean
 
 
 def adaptive_clipping(
@@ -114,7 +160,8 @@ def adaptive_clipping(
 
     Returns:
         A transform with an
-        :class:`~optloss.transforms.adaptive_clipping.AdaptiveClippingState`. Leaves
+        :class:`~optloss.transforms.adaptive_clipping.AdaptiveClippingState`, or a
+        ``PreviousClippingState`` for ``statistics="previous"``. Leaves
         keep shape ``[*shape]`` and dtype; the statistics are float32 scalars ``[]``,
         float64 if a leaf is. A gradient whose norm is not finite is returned unchanged
         and leaves the averages as they were.
@@ -145,22 +192,26 @@ def adaptive_clipping(
     References:
         ``tf.contrib.layers.adaptive_clipping_fn``, TensorFlow 1.15.
     """
-    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup, statistics)
+    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup)
+    check_choice("adaptive_clipping", "statistics", statistics, STATISTICS)
+    check_axis_name("adaptive_clipping", axis_name)
     previous = statistics == "previous"
+    kind = PreviousClippingState if previous else AdaptiveClippingState
 
-    def init(params: optax.Params) -> AdaptiveClippingState:
+    def init(params: optax.Params) -> Any:
         dtype = norm_dtype(params)
         count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
-        return AdaptiveClippingState(
+        start = AdaptiveClippingState(
             step=count,
             clipped=count.copy(),
             observed=count.copy(),
             mean=scalar,
             sq_mean=scalar.copy(),
-            max_norm=jnp.full((), jnp.inf, dtype),
+            max_norm=jnp.full((), jnp.finfo(dtype).max, dtype),
             norm=scalar.copy(),
             factor=jnp.ones((), dtype),
         )
+        return kind(*start)
 
     def log_threshold(mean: jax.Array, sq_mean: jax.Array) -> jax.Array:
         return mean + std_factor * jnp.sqrt(jnp.maximum(sq_mean - mean**2, epsilon))
@@ -212,16 +263,23 @@ def adaptive_clipping(
         del params, extra
         if gradient_norm is None:
             gradient_norm = global_norm(updates, axis_name=axis_name)
+        state = AdaptiveClippingState(*state)
         norm = gradient_norm.astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
+        # No infinity, which `jax_debug_infs` would take for a fault.
+        unbounded = _largest_log(norm.dtype)
         if previous:
-            highest = jnp.where(state.observed < BURN_IN, jnp.inf, highest)
+            highest = jnp.where(state.observed < BURN_IN, unbounded, highest)
         mean, sq_mean = follow(state, norm, highest, step)
         if not previous:
             highest, target = log_threshold(mean, sq_mean), mean
-        bound = jnp.exp(highest)
+        bound = jnp.where(
+            highest < unbounded,
+            jnp.exp(jnp.minimum(highest, unbounded)),
+            jnp.finfo(norm.dtype).max,
+        )
         factor = factor_for(norm, bound, jnp.exp(target))
-        return scale_leaves(updates, factor), AdaptiveClippingState(
+        after = AdaptiveClippingState(
             step=increment(state.step),
             clipped=state.clipped + (factor < 1),
             observed=state.observed + jnp.isfinite(norm),
@@ -231,8 +289,14 @@ def adaptive_clipping(
             norm=norm,
             factor=factor,
         )
+        return scale_leaves(updates, factor), kind(*after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _largest_log(dtype: Any) -> float:
+    info = jnp.finfo(dtype)
+    return math.log(float(info.max)) * (1 - 2 * float(info.eps))
 
 
 def _check(
@@ -241,7 +305,6 @@ def _check(
     static_max_norm: Any,
     epsilon: Any,
     decay_warmup: Any,
-    statistics: Any,
 ) -> None:
     call, infinity = "adaptive_clipping", float("inf")
     check_number(
@@ -273,11 +336,12 @@ def _check(
         lambda number: 0 < number < infinity,
         "a finite real number > 0 or a 0-d array.",
     )
-    if not isinstance(decay_warmup, bool) and not is_array(decay_warmup):
+    # `optax.inject_hyperparams` makes an array of a flag.
+    flag = is_array(decay_warmup) and (
+        is_real_scalar(decay_warmup)
+        or (decay_warmup.dtype == jnp.bool_ and decay_warmup.shape == ())
+    )
+    if not isinstance(decay_warmup, bool) and not flag:
         raise argument_error(
             call, "decay_warmup", decay_warmup, "must be True or False."
-        )
-    if statistics not in ("current", "previous"):
-        raise argument_error(
-            call, "statistics", statistics, "must be 'current' or 'previous'."
         )

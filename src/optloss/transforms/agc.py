@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import Axes, AxisName, axes_of, varying_axes
-from optloss.messages import argument_error, check_number
+from optloss.messages import argument_error, check_axis_name, check_number, refusal
 from optloss.names import first_match, is_pattern_list, leaf_names
 from optloss.norms import global_norm
 from optloss.summaries import (
@@ -140,6 +140,7 @@ def agc(
         of the authors' code.
     """
     _check(clipping, epsilon)
+    check_axis_name("agc", axis_name)
     patterns = _patterns(exclude)
 
     def init(params: optax.Params) -> AGCState:
@@ -173,9 +174,10 @@ def agc(
     ) -> tuple[PyTree, PyTree]:
         del extra
         if params is None:
-            raise ValueError(
-                "agc: the gradient is compared with the parameters, so "
-                "update(updates, state, params) needs params."
+            raise refusal(
+                "agc",
+                "the gradient is compared with the parameters, so "
+                "update(updates, state, params) needs params.",
             )
         axes, dtype = axes_of(axis_name), state.norm.dtype
         leaves, structure = jax.tree.flatten(updates)

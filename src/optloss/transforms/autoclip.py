@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import check_int, check_number
+from optloss.messages import check_axis_name, check_int, check_number
 from optloss.norms import global_norm
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -38,6 +38,8 @@ from optloss.summaries import (
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import PyTree, Scalar
+
+MOST_NORMS = 2**20
 
 
 class AutoClipState(NamedTuple):
@@ -125,7 +127,9 @@ def autoclip(
         lambda number: 0 <= number <= 100,
         "a real number from 0 to 100 or a 0-d array.",
     )
-    check_int("autoclip", "history", history, 1, "an int >= 1: how many norms to keep.")
+    wanted = f"an int in [1, {MOST_NORMS}]: how many norms to keep."
+    check_int("autoclip", "history", history, 1, wanted, MOST_NORMS)
+    check_axis_name("autoclip", axis_name)
 
     def init(params: optax.Params) -> AutoClipState:
         dtype = norm_dtype(params)

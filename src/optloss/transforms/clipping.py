@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optloss.knobs import check_knob, value_at
 from optloss.mesh import AxisName
-from optloss.messages import argument_error, check_number, short_repr
+from optloss.messages import (
+    argument_error,
+    check_axis_name,
+    check_callable,
+    is_number,
+    refusal,
+    short_repr,
+)
 from optloss.norms import global_norm
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -45,7 +53,7 @@ class ClipState(NamedTuple):
 
 
 def clip_by_global_norm(
-    max_norm: float | jax.Array, *, axis_name: AxisName = None
+    max_norm: float | jax.Array | optax.Schedule, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrink the whole gradient so that its norm is at most ``max_norm``.
 
@@ -60,7 +68,8 @@ def clip_by_global_norm(
 
     Args:
         max_norm: Radius of the ball, in the units of the incoming gradient. May be
-            traced. ``inf`` measures and clips nothing; 0 gives zeros.
+            traced, or a function of the step (the extra argument ``step=``, or without
+            one the updates so far). ``inf`` measures and clips nothing; 0 gives zeros.
         axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
             sharded over, so that all devices clip by the norm of the whole.
 
@@ -71,7 +80,8 @@ def clip_by_global_norm(
         as the extra argument ``gradient_norm=`` where it is measured already.
 
     Raises:
-        ValueError: If ``max_norm`` is a Python number that is negative or NaN.
+        ValueError: If ``max_norm`` is a Python number that is negative or NaN; when
+            traced, if as a function it returns no real scalar.
 
     Note:
         Before Adam it bounds what the moments see; after Adam it bounds the step.
@@ -92,13 +102,14 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural
         networks*, 2013, arXiv:1211.5063, Algorithm 1.
     """
-    check_number(
+    check_knob(
         "clip_by_global_norm",
         "max_norm",
         max_norm,
         lambda number: number >= 0,
         "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
     )
+    check_axis_name("clip_by_global_norm", axis_name)
 
     def init(params: optax.Params) -> ClipState:
         dtype = norm_dtype(params)
@@ -115,13 +126,19 @@ def clip_by_global_norm(
         params: Any = None,
         *,
         gradient_norm: jax.Array | None = None,
+        step: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
         if gradient_norm is None:
             gradient_norm = global_norm(updates, axis_name=axis_name)
         norm = gradient_norm.astype(state.norm.dtype)
-        bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
+        time = state.step if step is None else step
+        radius = value_at("clip_by_global_norm", "max_norm", max_norm, time)
+        # An infinite bound is the largest float, which no finite norm exceeds either.
+        largest = float(jnp.finfo(norm.dtype).max)
+        within = min(radius, largest) if is_number(radius) else radius
+        bound = jnp.clip(jnp.asarray(within, norm.dtype), 0, largest)
         outside = (norm > bound) & jnp.isfinite(norm)
         factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
         new_state = ClipState(
@@ -169,10 +186,7 @@ def clip_by_function(
     See also:
         :func:`clip_by_global_norm`, :func:`adaptive_clipping`.
     """
-    if not callable(fn):
-        raise argument_error(
-            "clip_by_function", "fn", fn, "must be a function of a list of pairs."
-        )
+    check_callable("clip_by_function", "fn", fn, 1, "a function of a list of pairs")
 
     def init(params: optax.Params) -> optax.EmptyState:
         del params
@@ -186,9 +200,10 @@ def clip_by_function(
     ) -> tuple[Any, Any]:
         del extra
         if params is None:
-            raise ValueError(
-                "clip_by_function: the function is given (gradient, variable) pairs, "
-                "so update(updates, state, params) needs params."
+            raise refusal(
+                "clip_by_function",
+                "the function is given (gradient, variable) pairs, so "
+                "update(updates, state, params) needs params.",
             )
         leaves, structure = jax.tree.flatten(updates)
         variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))

@@ -7,13 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.mesh import put_like
-from optloss.messages import argument_error, check_number, is_array, short_repr
+from optloss.extra import by_signature
+from optloss.hyperparams import check_rate_is_outside
+from optloss.knobs import SCHEDULE, check_scalar, is_schedule
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    check_number,
+    is_array,
+    refusal,
+    short_repr,
+)
+from optloss.plateau import plateau_scale
 from optloss.summaries import LEARNING_RATE
 from optloss.trees import (
     increment,
     inexact_only,
     is_inexact,
+    is_transformation,
     keep_dtypes,
     merge_leaves,
     scale_leaves,
@@ -26,16 +37,26 @@ Factory = Callable[[jax.Array], optax.GradientTransformation]
 
 
 class LearningRateState(NamedTuple):
-    """The base rate, the rate used last, and the state of the optimizer at it."""
+    """The base rate, the rate used last, and the state of the optimizer at it.
+
+    Where the rate is one of several that go by name, base and rate are dicts of one
+    scalar under its key.
+    """
 
     step: jax.Array  # int32 [], updates so far
-    base: jax.Array | None  # float [], the rate before decay; None for a schedule
-    rate: jax.Array  # float [], what the latest update used
+    base: Any  # float [], the rate before decay; None for a schedule
+    rate: Any  # float [], what the latest update was handed
     inner: Any
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {LEARNING_RATE: self.rate}
+        scale = plateau_scale(self.inner)
+        if isinstance(self.rate, dict):
+            return {
+                f"{LEARNING_RATE}/{key}": rate if scale is None else rate * scale
+                for key, rate in self.rate.items()
+            }
+        return {LEARNING_RATE: self.rate if scale is None else self.rate * scale}
 
 
 def scale_by_learning_rate(
@@ -84,7 +105,7 @@ def scale_by_learning_rate(
     See also:
         :func:`inject_learning_rate`, :func:`set_learning_rate`, ``optloss.decays``.
     """
-    return _with_rate("scale_by_learning_rate", _descend, learning_rate, decay_fn)
+    return with_rate("scale_by_learning_rate", _descend, learning_rate, decay_fn)
 
 
 def _descend(rate: jax.Array) -> optax.GradientTransformation:
@@ -130,39 +151,48 @@ def inject_learning_rate(
         ``optax.inject_hyperparams``, which casts the rate to the parameters' dtype:
         with bfloat16 parameters ``adam`` then gives NaN at the first update.
     """
-    if not callable(factory):
-        raise argument_error(
-            "inject_learning_rate",
-            "factory",
-            factory,
-            "must be a function of the learning rate, such as optax.adam.",
-        )
+    wanted = "a function of the learning rate, such as optax.adam"
+    check_callable("inject_learning_rate", "factory", factory, 1, wanted)
 
     def build(rate: jax.Array) -> optax.GradientTransformation:
-        return _in_float32(check_transformation("inject_learning_rate", factory(rate)))
+        return in_float32(check_transformation("inject_learning_rate", factory(rate)))
 
-    return _with_rate("inject_learning_rate", build, learning_rate, decay_fn)
+    return with_rate("inject_learning_rate", build, learning_rate, decay_fn)
 
 
-def _in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
+def in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Return ``inner`` with all that it is given in float32 at least."""
     # In bfloat16, a decay of 0.999 is 1, and a difference of moments mostly rounding.
-    update = optax.with_extra_args_support(inner).update
-    return optax.GradientTransformationExtraArgs(
-        inner.init,
-        lambda updates, state, params=None, **extra: update(
+    update = by_signature(inner).update
+
+    def wide(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        if "grad" in extra:
+            extra["grad"] = to_float32(extra["grad"])
+        return update(
             to_float32(updates), to_float32(state), to_float32(params), **extra
-        ),
-    )
+        )
+
+    return optax.GradientTransformationExtraArgs(inner.init, wide)
 
 
-def _with_rate(
-    call: str, factory: Factory, learning_rate: Rate, decay_fn: DecayFn | None
+def with_rate(
+    call: str,
+    factory: Factory,
+    learning_rate: Rate,
+    decay_fn: DecayFn | None,
+    key: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
+    """Return the transform that ``factory`` makes at each update with its rate.
+
+    The rate is one of several where it has a ``key``.
+    """
     check_rate(call, learning_rate, decay_fn)
     schedule = learning_rate if callable(learning_rate) else None
 
     def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(factory(rate))
+        return by_signature(factory(rate))
 
     def rate_at(base: Any, step: jax.Array) -> Any:
         if schedule is not None:
@@ -174,10 +204,12 @@ def _with_rate(
     def init(params: Any) -> Any:
         base = None if callable(learning_rate) else start_rate(learning_rate)
         rate = jnp.zeros((), jnp.float32) if base is None else jnp.copy(base)
-        inner = build(rate).init(inexact_only(params))
-        check_rate_is_outside(call, inner)
+        trained = inexact_only(params)
+        inner = build(rate).init(trained)
+        check_rate_is_outside(call, factory, inner, trained)
         step = jnp.zeros((), jnp.int32)
-        return LearningRateState(step, base, rate, inner)
+        base = None if base is None else _under(key, base)
+        return LearningRateState(step, base, _under(key, rate), inner)
 
     def update(
         updates: Any,
@@ -187,10 +219,13 @@ def _with_rate(
         step: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        rate = rate_at(state.base, state.step if step is None else step)
-        rate = jnp.asarray(rate, state.rate.dtype)
+        base, before = _value(state.base), _value(state.rate)
+        rate = rate_at(base, state.step if step is None else step)
+        rate = jnp.asarray(rate, before.dtype)
         if step is not None:
             extra["step"] = step
+        if "grad" in extra:
+            extra["grad"] = inexact_only(extra["grad"])
         steps, inner = build(rate).update(
             inexact_only(updates),
             state.inner,
@@ -199,10 +234,19 @@ def _with_rate(
         )
         selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
         inner = keep_dtypes(inner, state.inner)
-        new_state = LearningRateState(increment(state.step), state.base, rate, inner)
+        count = increment(state.step)
+        new_state = LearningRateState(count, state.base, _under(key, rate), inner)
         return merge_leaves(steps, updates, selected), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _under(key: str | None, rate: jax.Array) -> Any:
+    return rate if key is None else {key: rate}
+
+
+def _value(rate: Any) -> Any:
+    return next(iter(rate.values())) if isinstance(rate, dict) else rate
 
 
 def start_rate(learning_rate: float | jax.Array) -> jax.Array:
@@ -213,68 +257,13 @@ def start_rate(learning_rate: float | jax.Array) -> jax.Array:
     return jnp.array(learning_rate, dtype, copy=True)
 
 
-def set_learning_rate(state: Any, value: float | jax.Array) -> Any:
-    """Return ``state`` with another learning rate (before decay, where there is one).
-
-    Nothing is compiled anew: the rate is a scalar in the state, not a constant of the
-    program.
-
-    Args:
-        state: A ``TrainOpState``, the state of :func:`make_optimizer`, or any tree that
-            holds the state of one :func:`inject_learning_rate` or
-            :func:`scale_by_learning_rate`.
-        value: The new rate, a real number or 0-d array; may be traced.
-
-    Returns:
-        A tree of the same structure, dtypes and placement.
-
-    Raises:
-        ValueError: If ``value`` is no such number, or the state holds no base rate (the
-            optimizer was an instance, or the rate a schedule) or several.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> state = scale_by_learning_rate(0.1).init(jnp.zeros(2))
-        >>> print(set_learning_rate(state, 0.01).base)
-        0.01
-    """
-    check_rate_number("set_learning_rate", "value", value)
-    nodes, structure = jax.tree.flatten(state, is_leaf=_has_rate)
-    places = [i for i, node in enumerate(nodes) if _has_rate(node)]
-    if not places or any(nodes[i].base is None for i in places):
-        raise ValueError(
-            f"set_learning_rate({short_repr(type(state))}): the state holds no base "
-            "rate. An "
-            "optimizer given as an instance keeps its own rate, and a schedule has "
-            "none: give a number as learning_rate, and the optimizer by name or as a "
-            "function."
-        )
-    if len(places) > 1:
-        raise ValueError(
-            f"set_learning_rate({short_repr(type(state))}): the state holds "
-            f"{len(places)} "
-            "base rates. Set them one by one in their parts of the state."
-        )
-    node = nodes[places[0]]
-    nodes[places[0]] = node._replace(base=_beside(node.base, value))
-    return jax.tree.unflatten(structure, nodes)
-
-
-def _has_rate(node: Any) -> bool:
-    return isinstance(node, LearningRateState)
-
-
-def _beside(old: jax.Array, value: float | jax.Array) -> jax.Array:
-    return put_like(jnp.array(value, old.dtype, copy=True), old)
-
-
 def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
     """Refuse what is neither a rate nor a schedule, and a schedule with a decay."""
-    if decay_fn is not None and not callable(decay_fn):
-        raise argument_error(
-            call, "decay_fn", decay_fn, "must be a function (rate, step) -> rate."
-        )
+    if decay_fn is not None:
+        wanted = "a function (rate, step) -> rate"
+        check_callable(call, "decay_fn", decay_fn, 2, wanted)
     if is_schedule(learning_rate):
+        check_callable(call, "learning_rate", learning_rate, 1, SCHEDULE)
         if decay_fn is not None:
             raise argument_error(
                 call,
@@ -284,11 +273,6 @@ def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
             )
         return
     check_rate_number(call, "learning_rate", learning_rate)
-
-
-def is_schedule(learning_rate: Any) -> bool:
-    """Tell whether ``learning_rate`` is a function of the step."""
-    return callable(learning_rate) and not isinstance(learning_rate, type)
 
 
 def check_rate_number(
@@ -309,44 +293,10 @@ def check_rate_number(
 
 def check_transformation(call: str, result: Any) -> Any:
     """Return what an optimizer's factory made if it has ``init`` and ``update``."""
-    if isinstance(result, type) or not (
-        callable(getattr(result, "init", None))
-        and callable(getattr(result, "update", None))
-    ):
-        raise ValueError(
-            f"{call}: the optimizer's function returned {short_repr(result)}, which is "
-            "no "
-            "optax transformation. Return one, such as optax.sgd(rate)."
-        )
-    return result
-
-
-def check_rate_is_outside(call: str, inner: Any) -> None:
-    """Refuse the state of ``optax.inject_hyperparams``, which keeps its first rate."""
-    if any(
-        hasattr(node, "hyperparams")
-        for node in jax.tree.leaves(inner, is_leaf=lambda n: hasattr(n, "hyperparams"))
-    ):
-        raise ValueError(
-            f"{call}: the optimizer is wrapped in optax.inject_hyperparams, whose "
-            "state would keep the first learning rate for ever. Pass it unwrapped."
-        )
-
-
-def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
-    """Refuse what a schedule or decay function returned unless it is a real scalar."""
-    dtype = getattr(result, "dtype", None)
-    shape = getattr(result, "shape", ())
-    real = isinstance(result, (int, float)) if dtype is None else _is_real(dtype)
-    if shape != () or not real or isinstance(result, bool):
-        raise argument_error(
+    if not is_transformation(result):
+        raise refusal(
             call,
-            argument,
-            fn,
-            f"must return a real scalar, returned {short_repr(result)}.",
+            f"the optimizer's function returned {short_repr(result)}, which is no "
+            "optax transformation. Return one, such as optax.sgd(rate).",
         )
     return result
-
-
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)

@@ -1,19 +1,36 @@
 """Multipliers by parameter name."""
 
 import functools
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import argument_error, check_int, check_number, is_number
+from optloss.knobs import check_knob, is_schedule, value_at
+from optloss.messages import (
+    argument_error,
+    check_int,
+    check_number,
+    is_number,
+    quoted,
+)
 from optloss.names import first_match, is_pattern, leaf_names
-from optloss.trees import is_inexact, scale_leaves
+from optloss.trees import increment, is_inexact, scale_leaves
 from optloss.typing import Pattern
 
-Multipliers = Mapping[Pattern, float | jax.Array]
+MOST_LAYERS = 100_000
+LARGEST_LOG = 88.7  # of a float32
+
+Multipliers = Mapping[Pattern, float | jax.Array | optax.Schedule]
+
+
+class MultiplierState(NamedTuple):
+    """How often was multiplied, where a multiplier is a function of the step."""
+
+    step: jax.Array  # int32 [], updates so far
 
 
 def multiply_gradients(
@@ -29,12 +46,16 @@ def multiply_gradients(
     Args:
         multipliers: Maps a parameter's name, a glob (``*`` stays inside one segment,
             ``**`` spans any number) or a compiled regular expression to a real number
-            or 0-d array, which may be traced. The first that matches a name wins; a
-            parameter that none matches is left alone.
+            or 0-d array, which may be traced, or a function of the step. The first that
+            matches a name wins; a parameter that none matches is left alone. The step
+            is the extra argument ``step=`` of ``update``, or without one the
+            transform's own count.
 
     Returns:
-        A transform without state. Leaves keep shape ``[*shape]`` and dtype. Where the
-        multiplier is exactly 0 the result is exactly 0, whatever the gradient holds.
+        A transform without state; if a multiplier is a function, with a
+        :class:`~optloss.transforms.multipliers.MultiplierState`. Leaves keep shape
+        ``[*shape]`` and dtype. Where the multiplier is exactly 0 the result is exactly
+        0, whatever the gradient holds.
 
     Raises:
         ValueError: If a multiplier is no finite real number; at ``init``, if a pattern
@@ -58,31 +79,55 @@ def multiply_gradients(
     """
     check_multipliers("multiply_gradients", "multipliers", multipliers)
     patterns, values = tuple(multipliers), list(multipliers.values())
+    counts = any(map(is_schedule, values))
 
     @functools.lru_cache(maxsize=4)
     def resolve(names: tuple[str, ...]) -> list[int | None]:
         return first_match("multiply_gradients", patterns, names, check=False)
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        first_match("multiply_gradients", patterns, leaf_names(params))
-        return optax.EmptyState()
+    def init(params: optax.Params) -> MultiplierState | optax.EmptyState:
+        names = leaf_names(params)
+        first_match("multiply_gradients", patterns, names, check=bool(names))
+        return start_multiplying(multipliers)
 
     def update(
         updates: Any,
         state: Any,
         params: Any = None,
+        *,
+        step: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         del params, extra
+        factors: list[Any] = values
+        if counts:
+            factors = _factors(multipliers, state.step if step is None else step)
+            state = MultiplierState(increment(state.step))
         leaves, structure = jax.tree.flatten(updates)
         rules = resolve(tuple(leaf_names(updates)))
         scaled = [
-            leaf if rule is None else _multiply(leaf, values[rule])
+            leaf if rule is None else _multiply(leaf, factors[rule])
             for leaf, rule in zip(leaves, rules, strict=True)
         ]
         return jax.tree.unflatten(structure, scaled), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def start_multiplying(
+    multipliers: Multipliers,
+) -> MultiplierState | optax.EmptyState:
+    """Return the state before the first update, whatever the parameters."""
+    if any(map(is_schedule, multipliers.values())):
+        return MultiplierState(jnp.zeros((), jnp.int32))
+    return optax.EmptyState()
+
+
+def _factors(multipliers: Multipliers, step: jax.Array) -> list[float | jax.Array]:
+    return [
+        value_at("multiply_gradients", f"multipliers[{key!r}]", value, step)
+        for key, value in multipliers.items()
+    ]
 
 
 def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
@@ -108,11 +153,11 @@ def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
                 call,
                 argument,
                 multipliers,
-                f"the key {pattern!r} is neither a name nor a compiled pattern.",
+                f"the key {quoted(pattern)} is neither a name nor a compiled pattern.",
             )
-        check_number(
+        check_knob(
             call,
-            f"{argument}[{pattern!r}]",
+            f"{argument}[{quoted(pattern)}]",
             value,
             lambda number: abs(number) < float("inf"),
             "a finite real number or a 0-d array.",
@@ -140,7 +185,8 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
 
     Raises:
         ValueError: If ``rate`` is no number > 0, ``pattern`` holds no ``{}``, or
-            ``num_layers`` is no int >= 1.
+            ``num_layers`` is no int from 1 to 100,000, or the largest power is no
+            float32.
 
     Example:
         >>> layerwise_decay(0.5, "encoder/layers_{}/**", 2)
@@ -168,11 +214,14 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
             pattern,
             "must be a str with {} where the layer's number goes.",
         )
-    check_int("layerwise_decay", "num_layers", num_layers, 1, "an int >= 1.")
-    return {
-        pattern.replace("{}", str(i)): rate ** (num_layers - i)
-        for i in range(num_layers)
-    }
+    wanted = f"an int in [1, {MOST_LAYERS}]."
+    layers = check_int(
+        "layerwise_decay", "num_layers", num_layers, 1, wanted, MOST_LAYERS
+    )
+    if is_number(rate) and layers * math.log(rate) > LARGEST_LOG:
+        problem = f"to the power of {layers} is no finite number. Is it below 1?"
+        raise argument_error("layerwise_decay", "rate", rate, problem)
+    return {pattern.replace("{}", str(i)): rate ** (layers - i) for i in range(layers)}
 
 
 def _is_numbered(pattern: Any) -> bool:

@@ -5,13 +5,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optloss.fast.draws import add_normals, split_key
+from optloss.knobs import check_knob, value_at
 from optloss.mesh import Axes, AxisName, axes_of, shard_index, varying_axes
-from optloss.messages import argument_error, check_number, is_array
-from optloss.names import leaf_names
+from optloss.messages import (
+    check_axis_name,
+    check_choice,
+    check_key,
+    check_number,
+    is_number,
+)
+from optloss.names import check_names, leaf_names
 from optloss.summaries import NOISE_STD
 from optloss.trees import increment, is_inexact
 
@@ -31,7 +37,7 @@ class NoiseState(NamedTuple):
 
 
 def add_gradient_noise(
-    scale: float | jax.Array,
+    scale: float | jax.Array | optax.Schedule,
     *,
     annealing: float | jax.Array = 0.0,
     distribution: str = "normal",
@@ -54,7 +60,7 @@ def add_gradient_noise(
 
     Args:
         scale: Standard deviation of the noise at step 0, >= 0, in the units of the
-            gradient. May be traced.
+            gradient. May be traced, or a function of the step.
         annealing: Exponent of the variance's decay, >= 0; 0 is constant noise, the
             paper has 0.55. The step is the extra argument ``step=`` of ``update``, or
             without one the transform's own count.
@@ -72,7 +78,8 @@ def add_gradient_noise(
 
     Raises:
         ValueError: If ``scale`` or ``annealing`` is a Python number that is negative or
-            not finite, ``distribution`` is neither of the two, or ``key`` is no key.
+            not finite, ``distribution`` is neither of the two, or ``key`` is no key;
+            when traced, if a function as ``scale`` returns no real scalar.
 
     Note:
         Put it before a clip, so that the clip bounds what the optimizer sees.
@@ -93,27 +100,25 @@ def add_gradient_noise(
         Neelakantan et al., *Adding Gradient Noise Improves Learning for Very Deep
         Networks*, 2015, arXiv:1511.06807, section 3 (there :math:`\eta = s^2`).
     """
-    for argument, value in (("scale", scale), ("annealing", annealing)):
-        check_number(
+    for argument, value, check in (
+        ("scale", scale, check_knob),
+        ("annealing", annealing, check_number),
+    ):
+        check(
             "add_gradient_noise",
             argument,
             value,
             lambda number: 0 <= number < float("inf"),
             "a finite real number >= 0 or a 0-d array.",
         )
-    if distribution not in DISTRIBUTIONS:
-        raise argument_error(
-            "add_gradient_noise",
-            "distribution",
-            distribution,
-            "must be 'normal' or 'truncated_normal'.",
-        )
+    check_choice("add_gradient_noise", "distribution", distribution, DISTRIBUTIONS)
     check_key("add_gradient_noise", "key", key)
+    check_axis_name("add_gradient_noise", axis_name)
     axes = axes_of(axis_name)
-    silent = not is_array(scale) and scale == 0
+    silent = is_number(scale) and scale == 0
 
     def init(params: optax.Params) -> NoiseState:
-        del params
+        check_names("add_gradient_noise", params)
         words, _ = split_key(key)
         return NoiseState(
             step=jnp.zeros((), jnp.int32),
@@ -131,7 +136,8 @@ def add_gradient_noise(
     ) -> tuple[Any, Any]:
         del params, extra
         time = state.step if step is None else step
-        std = scale / (1.0 + time) ** (0.5 * annealing)
+        wanted = value_at("add_gradient_noise", "scale", scale, time)
+        std = wanted / (1.0 + time) ** (0.5 * annealing)
         new_state = NoiseState(
             step=increment(state.step),
             key=state.key,
@@ -163,18 +169,3 @@ def add_gradient_noise(
 def _shard_ids(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
     index = functools.cache(shard_index)  # leaves that share one share the array
     return [index(varying_axes(leaf, axes)) for leaf in leaves]
-
-
-def check_key(call: str, argument: str, key: Any) -> None:
-    """Refuse ``key`` unless it is a seed, a typed key or a raw uint32 key."""
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        good = -(2**63) <= key < 2**64
-    elif is_array(key):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
-        seed = jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ()
-        raw = key.dtype == jnp.uint32 and key.ndim == 1
-        good = typed or seed or raw
-    else:
-        good = False
-    if not good:
-        raise argument_error(call, argument, key, "must be an int or a JAX random key.")

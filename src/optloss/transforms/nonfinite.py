@@ -11,9 +11,15 @@ from optloss.guard import (
     update_if,
 )
 from optloss.mesh import AxisName
-from optloss.messages import argument_error
+from optloss.messages import argument_error, check_axis_name
 from optloss.norms import global_norm
-from optloss.trees import inexact_only, is_inexact, merge_leaves, negative_zeros
+from optloss.trees import (
+    inexact_only,
+    is_inexact,
+    is_transformation,
+    merge_leaves,
+    negative_zeros,
+)
 from optloss.typing import PyTree
 
 
@@ -59,10 +65,11 @@ def skip_nonfinite(
         alone as well; ``optax.apply_if_finite``, which accepts a non-finite update
         after some in a row.
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+    if not is_transformation(inner):
         raise argument_error(
             "skip_nonfinite", "inner", inner, "must be an optax transformation."
         )
+    check_axis_name("skip_nonfinite", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> SkipNonfiniteState:

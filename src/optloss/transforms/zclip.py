@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import AxisName
-from optloss.messages import argument_error, check_number
+from optloss.messages import check_axis_name, check_choice, check_number
 from optloss.norms import global_norm
 from optloss.summaries import (
     CLIP_FACTOR,
@@ -141,6 +141,7 @@ def zclip(
         ``"percentile"``.
     """
     _check(z_threshold, alpha, warmup, mode)
+    check_axis_name("zclip", axis_name)
 
     def init(params: optax.Params) -> ZClipState:
         dtype = norm_dtype(params)
@@ -239,7 +240,4 @@ def _check(z_threshold: Scalar, alpha: Scalar, warmup: Scalar, mode: str) -> Non
         lambda number: number >= 1 and number % 1 == 0,
         "a whole number >= 1 or a 0-d array.",
     )
-    if mode not in MODES:
-        raise argument_error(
-            "zclip", "mode", mode, "must be 'adaptive', 'mean' or 'threshold'."
-        )
+    check_choice("zclip", "mode", mode, MODES)

@@ -1,0 +1,52 @@
+r"""The parameters to evaluate with, where the optimizer has others than it trains.
+
+``optax.contrib.schedule_free`` differentiates at :math:`y`, between its fast iterates
+:math:`z` and their average :math:`x`, and :math:`x` is what is to be evaluated:
+
+.. math:: x = (y - (1 - \beta_1) z) / \beta_1
+"""
+
+import jax
+import optax
+from optax.contrib import ScheduleFreeState
+
+from optloss.fast.packed_states import part_of
+from optloss.fast.packing import Layout, PackedTree, unpack
+from optloss.trees import is_inexact, to_float32
+from optloss.typing import PyTree
+
+
+def evaluation_params(
+    opt_state: PyTree, trained: PyTree, layout: Layout, pack_size: int
+) -> PyTree:
+    """Return ``trained`` with averages where the optimizer has them.
+
+    Args:
+        opt_state: The state of a chain.
+        trained: The parameters that are trained, ``optax.MaskedNode()`` for the rest.
+        layout: Which of them lie in which vector.
+        pack_size: The ``pack_small_leaves`` of the chain.
+    """
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free):
+        if _is_schedule_free(node):
+            z = node.z
+            if isinstance(z, PackedTree):
+                z = unpack(z, *part_of(z, trained, layout, pack_size))
+            trained = _average(trained, z, node.b1)
+    return trained
+
+
+def _is_schedule_free(node: PyTree) -> bool:
+    return isinstance(node, ScheduleFreeState)
+
+
+def _average(trained: PyTree, z: PyTree, b1: jax.Array) -> PyTree:
+    def average(y: PyTree, fast: PyTree) -> PyTree:
+        if isinstance(fast, optax.MaskedNode) or not is_inexact(y):
+            return y
+        wide, beta = to_float32((y, fast)), to_float32(b1)
+        return ((wide[0] - (1 - beta) * wide[1]) / beta).astype(y.dtype)
+
+    return jax.tree.map(
+        average, trained, z, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
+    )

@@ -1,0 +1,73 @@
+"""The extra arguments of an update: each transform gets those that it takes.
+
+A training step knows more than the gradient: the ``step``, the loss as ``value``, its
+gradient as ``grad``, and the loss as a function, ``value_fn``. Some transforms of optax
+take some of these, and some fail if they are given one more. What is handed over is
+told by the signature of the outermost ``update``; from there optax's own wrappers
+forward by their rules.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+from optloss.trees import is_inexact
+from optloss.typing import PyTree
+
+Update = Callable[..., tuple[PyTree, PyTree]]
+
+# They hand what they do not name to `value_fn`, whatever it is.
+LINE_SEARCHES = ("scale_by_backtracking_linesearch.", "scale_by_zoom_linesearch.")
+
+
+def by_signature(
+    transform: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Return ``transform`` with an ``update`` that takes any extra argument.
+
+    It is called with those that its own signature names, with all if that has
+    ``**kwargs``.
+    """
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        return transform.update(
+            updates, state, params, **taken(transform.update, extra)
+        )
+
+    return optax.GradientTransformationExtraArgs(transform.init, update)
+
+
+def taken(update: Update, extra: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Return those of the ``extra`` arguments that ``update`` is to be given."""
+    if not extra:
+        return {}
+    try:
+        parameters = inspect.signature(update).parameters
+    except (TypeError, ValueError):  # a callable that tells no signature
+        return dict(extra)
+    names = set(parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        names |= set(extra)
+        if getattr(update, "__qualname__", "").startswith(LINE_SEARCHES):
+            names -= {"step"}
+    return {name: value for name, value in extra.items() if name in names}
+
+
+def fill_masked(trained: PyTree, params: PyTree) -> PyTree:
+    """Return ``params`` with the leaves that ``trained`` has, in their own dtypes.
+
+    ``trained`` is a tree like ``params`` with ``optax.MaskedNode()`` in some places.
+    """
+
+    def choose(leaf: PyTree, current: PyTree) -> PyTree:
+        if isinstance(leaf, optax.MaskedNode):
+            return current
+        return leaf.astype(current.dtype) if is_inexact(leaf) else leaf
+
+    return jax.tree.map(
+        choose, trained, params, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
+    )

@@ -1,0 +1,277 @@
+"""A state of a run without packing turned into one of a run with it, and back.
+
+Both directions are told how the state was, or is to be, packed. What does not fit the
+state is refused: a vector cut at other places would give each parameter the moments of
+its neighbours, without a word.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from optax.transforms import PartitionState
+
+from optloss.fast.packing import (
+    Layout,
+    PackedTree,
+    Slot,
+    layout_of,
+    pack,
+    read_table,
+    table_of,
+    unpack,
+)
+from optloss.mesh import is_traced
+from optloss.messages import check_int, listing
+from optloss.names import leaf_names, select
+from optloss.trees import is_inexact, select_leaves
+from optloss.typing import PyTree, Variables
+
+
+def unpack_state(
+    state: PyTree, params: PyTree, size: int, *, variables: Variables = None
+) -> PyTree:
+    """Return the state of a run with ``pack_small_leaves=size`` as it is without.
+
+    Args:
+        state: A ``TrainOpState`` or the state of :func:`make_optimizer`.
+        params: The parameters of the run; shapes are enough.
+        size: The ``pack_small_leaves`` the state was made with.
+        variables: The ``variables`` it was made with.
+
+    Returns:
+        The same state with ordinary leaves in place of packed vectors.
+
+    Raises:
+        ValueError: If ``size`` is no int >= 0, or the state was packed at another size,
+            with other ``variables`` or for other parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optloss
+        >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+        >>> packed = optloss.make_optimizer(0.1, "adam", pack_small_leaves=4)
+        >>> plain = optloss.make_optimizer(0.1, "adam")
+        >>> state = unpack_state(packed.init(params), params, 4)
+        >>> jax.tree.structure(state) == jax.tree.structure(plain.init(params))
+        True
+
+    See also:
+        :func:`pack_state`, the other way; :func:`carry_over`, which does without being
+        told.
+    """
+    trained, layout = _trained("unpack_state", state, params, size, variables)
+
+    tables: list[Layout] = []
+
+    def unpacked(node: Any) -> Any:
+        if _has_table(node):
+            if node.packed is not None and not is_traced(node.packed):
+                tables.append(read_table(node.packed))
+                _check_table(tables[0], layout, size)
+            return _map_inside(unpacked, node._replace(packed=None), _is_special)
+        if not _is_packed(node):
+            return node
+        part, its = (trained, layout)
+        if tables:
+            part, its = part_of(node, trained, tables[0], size)
+        _check_packed(node, part, its, size)
+        return unpack(node, part, its)
+
+    return jax.tree.map(unpacked, state, is_leaf=_is_special)
+
+
+def pack_state(
+    state: PyTree, params: PyTree, size: int, *, variables: Variables = None
+) -> PyTree:
+    """Return the state of a run without packing as it is with it.
+
+    Args:
+        state: A ``TrainOpState`` or the state of :func:`make_optimizer`.
+        params: The parameters of the run; shapes are enough.
+        size: The ``pack_small_leaves`` of the run that is to go on from it.
+        variables: The ``variables`` it was made with.
+
+    Returns:
+        The same state with every tree that mirrors the trained parameters packed. The
+        ``params`` of a ``TrainOpState`` stay as they are.
+
+    Raises:
+        ValueError: If ``size`` is no int >= 0, the state is packed already, or it is
+            the state of other parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optloss
+        >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+        >>> packed = optloss.make_optimizer(0.1, "adam", pack_small_leaves=4)
+        >>> plain = optloss.make_optimizer(0.1, "adam")
+        >>> state = pack_state(plain.init(params), params, 4)
+        >>> jax.tree.structure(state) == jax.tree.structure(packed.init(params))
+        True
+
+    See also:
+        :func:`unpack_state`, the other way; :func:`carry_over`, which does without
+        being told.
+    """
+    trained, layout = _trained("pack_state", state, params, size, variables)
+    if hasattr(state, "opt_state"):
+        opt_state = pack_state(state.opt_state, params, size, variables=variables)
+        return state._replace(opt_state=opt_state)
+    if not size:
+        return state
+    shapes = _shapes(trained)
+
+    def mirrors(node: Any) -> bool:
+        return _shapes(node) == shapes
+
+    def packed(node: Any) -> Any:
+        if _is_packed(node) or getattr(node, "packed", None) is not None:
+            raise _error("pack_state", size, "the state is packed already.")
+        if _has_table(node):
+            _check_ungrouped(node.optimizer, size)
+            _check_mirrored("pack_state", node.optimizer, mirrors, size)
+            inside = _map_inside(packed, node, mirrors)
+            return inside._replace(packed=table_of(layout))
+        return pack(node, layout) if mirrors(node) else node
+
+    return jax.tree.map(packed, state, is_leaf=lambda n: _is_special(n) or mirrors(n))
+
+
+def part_of(
+    packed: PackedTree, trained: PyTree, table: Layout, size: int
+) -> tuple[PyTree, Layout]:
+    """Return the part of ``trained`` that ``packed`` mirrors, and its layout.
+
+    It is all of it where there is one optimizer. A group has a part alone.
+    """
+    slots = [slot for key in packed.vectors for slot in table.vectors.get(key, ())]
+    names = {slot.name for slot in slots} | set(leaf_names(packed.large))
+    part = select_leaves(trained, [name in names for name in leaf_names(trained)])
+    return part, layout_of(part, size)
+
+
+def _map_inside(
+    fn: Callable[[Any], Any], tree: PyTree, is_leaf: Callable[[Any], bool]
+) -> Any:
+    return jax.tree.map(fn, tree, is_leaf=lambda n: n is not tree and is_leaf(n))
+
+
+def _has_table(node: Any) -> bool:
+    return {"optimizer", "packed"} <= set(getattr(node, "_fields", ()))
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, PackedTree)
+
+
+def _is_special(node: Any) -> bool:
+    return _is_packed(node) or _has_table(node)
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    """Return what the trees of moments of one tree of parameters have in common."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
+
+
+# Refusals
+
+
+def _error(call: str, size: int, problem: str) -> ValueError:
+    return ValueError(f"{call}(size={size}): {problem}")
+
+
+def _trained(
+    call: str, state: PyTree, params: PyTree, size: Any, variables: Variables
+) -> tuple[PyTree, Layout]:
+    check_int(call, "size", size, 0, "an int >= 0: the largest size of a packed leaf.")
+    if hasattr(state, "opt_state") and _named(state.params) != _named(params):
+        raise _error(
+            call,
+            size,
+            "the params given are not those of the state, in names or shapes. Pass "
+            "state.params.",
+        )
+    trained = select_leaves(params, select(call, variables, params))
+    return trained, layout_of(trained, size) if size else Layout({})
+
+
+def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    shapes = (tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+    return list(zip(leaf_names(tree), shapes, strict=True))
+
+
+def _check_ungrouped(optimizer: PyTree, size: int) -> None:
+    """Refuse groups: the state does not tell which of them can be packed."""
+    groups = [
+        node
+        for node in jax.tree.leaves(optimizer, is_leaf=_is_partition)
+        if _is_partition(node)
+    ]
+    if groups:
+        raise _error(
+            "pack_state",
+            size,
+            "the state has groups, each of which is packed or not. Use carry_over, or "
+            "train_op.adopt, of the run that is to go on.",
+        )
+
+
+def _is_partition(node: Any) -> bool:
+    return isinstance(node, PartitionState)
+
+
+def _check_mirrored(
+    call: str, optimizer: PyTree, mirrors: Callable[[Any], bool], size: int
+) -> None:
+    """Refuse moments none of which has the shapes of the parameters."""
+    nodes = jax.tree.leaves(optimizer, is_leaf=mirrors)
+    if not any(map(mirrors, nodes)) and any(jnp.ndim(node) for node in nodes):
+        raise _error(
+            call,
+            size,
+            "no moments in this state have the names and shapes of the trained "
+            "parameters. Pass the params and variables it was made with.",
+        )
+
+
+def _check_packed(
+    packed: PackedTree, trained: PyTree, layout: Layout, size: int
+) -> None:
+    sizes = {key: _elements(slots) for key, slots in layout.vectors.items()}
+    found = {key: vector.size for key, vector in packed.vectors.items()}
+    kept = [i not in layout.places for i in range(len(jax.tree.leaves(trained)))]
+    large = select_leaves(trained, kept)
+    if found != sizes or _named(packed.large) != _named(large):
+        raise _packed_otherwise(size, layout)
+
+
+def _check_table(table: Layout, layout: Layout, size: int) -> None:
+    """Refuse a table of other leaves; groups may have left some of them unpacked."""
+    found, wanted = _slots(table), _slots(layout)
+    if set(table.vectors) == set(layout.vectors):
+        good = found == wanted
+    else:
+        good = found <= wanted
+    if not good:
+        raise _packed_otherwise(size, layout)
+
+
+def _slots(layout: Layout) -> set[tuple[str, tuple[int, ...]]]:
+    return {
+        (slot.name, slot.shape) for slots in layout.vectors.values() for slot in slots
+    }
+
+
+def _elements(slots: list[Slot]) -> int:
+    return sum(slot.size for slot in slots)
+
+
+def _packed_otherwise(size: int, layout: Layout) -> ValueError:
+    names = [slot.name for slots in layout.vectors.values() for slot in slots]
+    return _error(
+        "unpack_state",
+        size,
+        "the state was packed otherwise: this size, params and variables would pack "
+        f"{listing(names) or 'nothing'}. Pass those it was made with.",
+    )

@@ -1,0 +1,283 @@
+"""Several optimizers, or several rates, in one chain: which parameter has which.
+
+Either mapping goes from a pattern to one form of an optimizer or a rate, and the first
+pattern that matches a parameter's name wins. ``optax.partition`` does the work: an
+outer one by rate, each with a base rate of its own, and inside it one by optimizer. A
+group stands in the state under the text of its pattern.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optloss.extra import by_signature
+from optloss.fast.packing import (
+    Layout,
+    Slot,
+    is_elementwise,
+    layout_of,
+    pack_small_leaves,
+)
+from optloss.messages import listing, quoted, refusal, short_repr
+from optloss.names import first_match, leaf_names
+from optloss.plateau import OwnRateState
+from optloss.transforms.learning_rate import (
+    DecayFn,
+    check_transformation,
+    in_float32,
+    with_rate,
+)
+from optloss.trees import select_leaves
+from optloss.typing import Pattern, PyTree
+
+Transform = optax.GradientTransformationExtraArgs
+Factory = Callable[[Any], optax.GradientTransformation]
+Places = tuple[int | None, ...]  # in both tables
+
+
+class Maker(NamedTuple):
+    """One optimizer: how it is called, and what makes it."""
+
+    text: str
+    factory: Any  # a Factory of the rate; None where none is taken
+    own: Any  # a function that makes it without a rate, or None
+    governs: bool = False  # an instance: its own rate, whatever rate is given
+
+    def keeps_own(self, rate: Any) -> bool:
+        """Tell whether the rate that is given has no effect."""
+        return self.factory is None or (rate is None and self.own is not None)
+
+
+class Table(NamedTuple):
+    """What a mapping of the caller's says, or one value for all parameters."""
+
+    patterns: tuple[Pattern, ...] | None  # None: there was no mapping
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, given: Any, convert: Callable[[Any], Any] = lambda one: one) -> "Table":
+        """Return the table of a mapping, or of one value."""
+        if isinstance(given, Mapping):
+            return cls(tuple(given), tuple(map(convert, given.values())))
+        return cls(None, (convert(given),))
+
+    @property
+    def keys(self) -> list[str]:
+        """The texts of the patterns; one empty text where there was no mapping."""
+        return [""] if self.patterns is None else list(map(text_of, self.patterns))
+
+    def match(self, names: Sequence[str]) -> list[int | None]:
+        """Return, for each name, the place of what applies to it."""
+        if self.patterns is None:
+            return [0] * len(names)
+        return first_match("", self.patterns, names, check=False)
+
+
+def text_of(pattern: Pattern) -> str:
+    """Return the text that a pattern is written as."""
+    return pattern if isinstance(pattern, str) else pattern.pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which parameter has which optimizer, at which rate."""
+
+    call: str
+    makers: Table
+    rates: Table
+    decay_fn: DecayFn | None
+
+    def check(self, names: Sequence[str], trained: Sequence[str]) -> None:
+        """Refuse patterns without a parameter and trained parameters without one."""
+        for argument, table in self._tables.items():
+            if table.patterns is None:
+                continue
+            first_match(f"{self.call}, {argument}", table.patterns, names)
+            rules = zip(trained, table.match(trained), strict=True)
+            missed = [name for name, rule in rules if rule is None]
+            if missed:
+                noun = "parameters" if len(missed) > 1 else "parameter"
+                raise refusal(
+                    f"{self.call}, {argument}",
+                    f"no key matches the trained {noun} {listing(missed)}. Add '**' as "
+                    "the last key, for all the rest.",
+                )
+        for name, (maker, rate) in zip(trained, self._of(trained), strict=True):
+            _check_pair(f"{self.call}, learning_rate", name, maker, rate)
+
+    @property
+    def _tables(self) -> dict[str, Table]:
+        return {"optimizer": self.makers, "learning_rate": self.rates}
+
+    def _of(self, names: Sequence[str]) -> list[tuple[Maker, Any]]:
+        """Return the optimizer and the rate of each parameter, all of them matched."""
+        makers, rates = (table.match(names) for table in self._tables.values())
+        return [
+            (self.makers.values[i or 0], self.rates.values[j or 0])
+            for i, j in zip(makers, rates, strict=True)
+        ]
+
+    def words(self, name: str) -> tuple[str, str]:
+        """Return the optimizer and the rate of a parameter, for people."""
+        if any(table.match([name]) == [None] for table in self._tables.values()):
+            return "", ""
+        [(maker, rate)] = self._of([name])
+        return maker.text, "own" if maker.keeps_own(rate) else short_repr(rate)
+
+    def transform(self, pack_size: int = 0) -> Transform:
+        """Return all groups as one transform, its packable ones packed."""
+        one = self.makers.values[0]
+        if self.makers.patterns is None and one.factory is None:
+            return _packed(by_signature(one.own()), one, pack_size)
+        if self.rates.patterns is not None:
+            return partition(functools.partial(self._by_rate, pack_size))
+        rate = self.rates.values[0]
+        if all(maker.keeps_own(rate) for maker in self.makers.values):
+            return self._by_optimizer(None, pack_size)
+        return self._at_rate(0, pack_size)
+
+    def layout(self, trained: PyTree, pack_size: int) -> Layout:
+        """Return which of the ``trained`` leaves lie in which vector, by group."""
+        names = leaf_names(trained)
+        keys = list(zip(*(t.match(names) for t in self._tables.values()), strict=True))
+        whole = self.makers.patterns is None and self.makers.values[0].factory is None
+        if whole:
+            keys = [(0, 0)] * len(names)
+        vectors: dict[str, list[Slot]] = {}
+        for key in dict.fromkeys(keys):
+            maker, rate = (
+                self.makers.values[key[0] or 0],
+                self.rates.values[key[1] or 0],
+            )
+            if not _is_elementwise(maker):
+                continue
+            alike = [self._alike(key, other, maker.keeps_own(rate)) for other in keys]
+            part = layout_of(select_leaves(trained, alike), pack_size)
+            vectors |= part.vectors
+        return Layout(vectors)
+
+    def _alike(self, key: Places, other: Places, own: bool) -> bool:
+        """Tell whether two parameters are in one group."""
+        if own and self.makers.patterns is not None and key[0] == other[0]:
+            rate = self.rates.values[other[1] or 0]
+            return bool(self.makers.values[key[0] or 0].keeps_own(rate))
+        return key == other
+
+    def _by_rate(self, pack_size: int, names: Sequence[str]) -> "Members":
+        """Return the groups by rate, and one for each optimizer with its own."""
+        makers, rates = (table.match(names) for table in self._tables.values())
+        labels: list[str] = []
+        members: dict[str, Transform] = {}
+        for i, j in zip(makers, rates, strict=True):
+            maker, rate = self.makers.values[i or 0], self.rates.values[j or 0]
+            label = self.rates.keys[j or 0]
+            if not maker.keeps_own(rate):
+                members.setdefault(label, self._at_rate(j or 0, pack_size))
+            else:
+                label = self._own_label(i or 0, label)
+                members.setdefault(label, _at_own_rate(maker, pack_size))
+            labels.append(label)
+        return members, labels
+
+    def _own_label(self, place: int, label_of_rate: str) -> str:
+        if self.makers.patterns is None:
+            return label_of_rate
+        label = self.makers.keys[place]
+        return f"{label} at its own rate" if label in self.rates.keys else label
+
+    def _at_rate(self, place: int, pack_size: int) -> Transform:
+        build = functools.partial(self._by_optimizer, pack_size=pack_size)
+        key = None if self.rates.patterns is None else self.rates.keys[place]
+        return with_rate(self.call, build, self.rates.values[place], self.decay_fn, key)
+
+    def _by_optimizer(self, rate: Any, pack_size: int) -> Transform:
+        """Return the groups by optimizer, made at one rate."""
+
+        def made(maker: Maker) -> Transform:
+            if maker.keeps_own(rate):
+                return _at_own_rate(maker, pack_size)
+            result = check_transformation(self.call, maker.factory(rate))
+            return _packed(in_float32(result), maker, pack_size)
+
+        def members(names: Sequence[str]) -> Members:
+            labels = [self.makers.keys[i or 0] for i in self.makers.match(names)]
+            pairs = zip(self.makers.keys, self.makers.values, strict=True)
+            return {key: made(maker) for key, maker in pairs if key in labels}, labels
+
+        if self.makers.patterns is None:
+            return made(self.makers.values[0])
+        return partition(members)
+
+
+Members = tuple[dict[Any, Any], list[str]]
+
+
+def partition(members: Callable[[Sequence[str]], Members]) -> Transform:
+    """Return the transform that hands each leaf to the member that it belongs to.
+
+    ``members(names)`` returns those that are needed and, for each name, whose it is.
+    """
+
+    def of(tree: PyTree) -> Transform:
+        found, labels = members(leaf_names(tree))
+        tree_of_labels = jax.tree.unflatten(jax.tree.structure(tree), labels)
+        return optax.partition(found, tree_of_labels, mask_compatible_extra_args=True)
+
+    def init(params: PyTree) -> PyTree:
+        return of(params).init(params)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        return of(updates).update(updates, state, params, **extra)
+
+    return Transform(init, update)
+
+
+def _check_pair(where: str, name: str, maker: Maker, rate: Any) -> None:
+    """Refuse a rate for what takes none, and none for what takes one."""
+    if maker.factory is None and rate is not None and not maker.governs:
+        raise refusal(
+            where,
+            f"{quoted(name)} has a rate, but its optimizer, {maker.text}, is a "
+            "function without arguments, which brings its own. Map it to None.",
+        )
+    if rate is None and maker.own is None:
+        raise refusal(
+            where,
+            f"{quoted(name)} has the rate None, but its optimizer, {maker.text}, takes "
+            "one. Give a number or a schedule.",
+        )
+
+
+def _at_own_rate(maker: Maker, pack_size: int) -> Transform:
+    """Return an optimizer whose state is marked as having a rate of its own."""
+    inner = _packed(by_signature(maker.own()), maker, pack_size)
+
+    def init(params: PyTree) -> OwnRateState:
+        return OwnRateState(inner.init(params))
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
+    ) -> tuple[PyTree, OwnRateState]:
+        updates, after = inner.update(updates, state.inner, params, **extra)
+        return updates, OwnRateState(after)
+
+    return Transform(init, update)
+
+
+def _packed(transform: Transform, maker: Maker, pack_size: int) -> Transform:
+    if not pack_size or not _is_elementwise(maker):
+        return transform
+    return pack_small_leaves(transform, pack_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_elementwise(maker: Maker) -> bool:
+    # Trying it out takes a second.
+    made = maker.own() if maker.factory is None else maker.factory(0.1)
+    return is_elementwise(by_signature(made))

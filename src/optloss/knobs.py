@@ -1,0 +1,68 @@
+"""A knob of a transform: a number, a traced scalar, or a function of the step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    check_number,
+    is_real_scalar,
+    short_repr,
+)
+
+SCHEDULE = "a schedule, a function step -> rate"
+KNOB = "a function of the step"
+
+
+def is_schedule(value: Any) -> bool:
+    """Tell whether ``value`` is a function of the step."""
+    return callable(value) and not isinstance(value, type)
+
+
+def check_knob(
+    call: str,
+    argument: str,
+    value: Any,
+    accept: Callable[[float], bool],
+    requirement: str,
+) -> None:
+    """Refuse ``value`` unless it is such a number, a 0-d array or a function."""
+    if is_schedule(value):
+        check_callable(call, argument, value, 1, KNOB)
+    else:
+        check_number(call, argument, value, accept, requirement)
+
+
+def value_at(call: str, argument: str, knob: Any, step: jax.Array) -> Any:
+    """Return what ``knob`` is at ``step``."""
+    if not is_schedule(knob):
+        return knob
+    return check_scalar(call, argument, knob, knob(step))
+
+
+def check_schedule(call: str, argument: str, knob: Any) -> None:
+    """Refuse a function of the step that computes no real scalar."""
+
+    def compute(step: jax.Array) -> tuple[()]:
+        value_at(call, argument, knob, step)
+        return ()
+
+    if is_schedule(knob):
+        check_callable(call, argument, knob, 1, KNOB)
+        jax.eval_shape(compute, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
+    """Refuse what a schedule or decay function returned unless it is a real scalar."""
+    if not is_real_scalar(result):
+        raise argument_error(
+            call,
+            argument,
+            fn,
+            f"must return a real scalar, returned {short_repr(result)}.",
+        )
+    return result

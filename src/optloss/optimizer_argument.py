@@ -1,0 +1,289 @@
+"""The arguments ``optimizer``, ``learning_rate`` and what belongs to them.
+
+Each is of one form, or a mapping from names or patterns to such forms. They are
+refused, or made the optimizer's stage of the chain.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optloss.extra import by_signature
+from optloss.fast.packing import is_elementwise
+from optloss.groups import Groups, Maker, Table, text_of
+from optloss.hyperparams import INJECTED, keeps_first_rate
+from optloss.knobs import SCHEDULE, check_scalar, is_schedule
+from optloss.made_by import name_of
+from optloss.messages import (
+    argument_error,
+    check_callable,
+    check_int,
+    quoted,
+    refusal,
+    short_repr,
+    takes,
+)
+from optloss.names import is_pattern
+from optloss.optimizers.registry import get_factory, title
+from optloss.stages import Stage
+from optloss.transforms.learning_rate import (
+    check_rate_number,
+    check_transformation,
+    inject_learning_rate,
+)
+from optloss.trees import is_transformation
+
+Given = Mapping[str, Any]
+
+NUMBER = (
+    "a finite real number >= 0, a 0-d array or a schedule (a function of the step)."
+)
+PROBE = {"kernel": (2, 3), "bias": (3,)}
+
+
+def values_of(given: Any) -> list[Any]:
+    """Return the values of a mapping, or the one value."""
+    return list(given.values()) if isinstance(given, Mapping) else [given]
+
+
+def _items(argument: str, given: Any) -> list[tuple[str, Any]]:
+    """Return each value with the text by which a message names it."""
+    if not isinstance(given, Mapping):
+        return [(argument, given)]
+    return [(f"{argument}[{_key(key)!r}]", value) for key, value in given.items()]
+
+
+def _key(key: Any) -> Any:
+    return text_of(key) if is_pattern(key) else key
+
+
+def _check_keys(call: str, argument: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        return
+    if not given:
+        cure = "maps no parameter to anything. Add '**' for all."
+        raise argument_error(call, argument, given, cure)
+    seen: set[str] = set()
+    for key in given:
+        if not is_pattern(key):
+            problem = f"the key {quoted(key)} is neither a name nor a compiled pattern."
+            raise argument_error(call, argument, given, problem)
+        if text_of(key) in seen:
+            problem = (
+                f"two keys have the text {quoted(text_of(key))}, by which the state "
+                "names its groups. Write one of them differently."
+            )
+            raise argument_error(call, argument, given, problem)
+        seen.add(text_of(key))
+
+
+def check_learning_rate(call: str, given: Given) -> None:
+    """Refuse a rate of no known form, and one that its optimizer cannot do with."""
+    _check_keys(call, "learning_rate", given["learning_rate"])
+    decay_fn, grouped = given["learning_rate_decay_fn"], given["optimizer"]
+    for argument, rate in _items("learning_rate", given["learning_rate"]):
+        if rate is None:
+            # Which optimizer meets which rate of a mapping is known with the names.
+            mapped = isinstance(given["learning_rate"], Mapping)
+            if not (mapped and isinstance(grouped, Mapping)):
+                _check_own_rates(call, argument, grouped)
+        elif not is_schedule(rate):
+            check_rate_number(call, argument, rate, NUMBER)
+        else:
+            check_callable(call, argument, rate, 1, SCHEDULE)
+            if decay_fn is not None:
+                cure = (
+                    "a schedule and learning_rate_decay_fn exclude each other. Give a "
+                    "number."
+                )
+                raise argument_error(call, argument, rate, cure)
+
+
+def _check_own_rates(call: str, argument: str, optimizer: Any) -> None:
+    if not all(map(_brings_its_own, values_of(optimizer))):
+        cure = (
+            "may be None only where the optimizer brings its own rate: with an "
+            "instance or a function without arguments."
+        )
+        raise argument_error(call, argument, None, cure)
+
+
+def _brings_its_own(optimizer: Any) -> bool:
+    return is_transformation(optimizer) or (
+        not isinstance(optimizer, type) and _takes(optimizer, 0)
+    )
+
+
+def _takes(function: Any, arguments: int) -> bool:
+    return callable(function) and takes(function, arguments)
+
+
+def optimizer_stage(call: str, given: Given) -> Stage:
+    """Return the stage of the optimizer, or of several."""
+    rates, optimizer = given["learning_rate"], given["optimizer"]
+    decay_fn = given["learning_rate_decay_fn"]
+    if decay_fn is not None:
+        wanted = "a function (learning_rate, step) -> rate"
+        check_callable(call, "learning_rate_decay_fn", decay_fn, 2, wanted)
+    _check_keys(call, "optimizer", optimizer)
+    if decay_fn is not None and rates is not None:
+        _warn_of_own_rates(call, optimizer)
+    for argument, one in _items("learning_rate", rates):
+        _check_result(call, argument, one, decay_fn)
+    makers = {
+        argument: _maker(call, argument, one, rates)
+        for argument, one in _items("optimizer", optimizer)
+    }
+    if isinstance(optimizer, Mapping) or isinstance(rates, Mapping):
+        return _grouped_stage(call, given, list(makers.values()))
+    maker = makers["optimizer"]
+    if maker.keeps_own(rates):
+        return Stage(f"{maker.text} at its own rate", by_signature(maker.own()))
+    rate: Any = rates
+    transform = inject_learning_rate(maker.factory, rate, decay_fn)
+    return Stage(f"{maker.text} at {_rate_text(rates, decay_fn)}", transform)
+
+
+def _grouped_stage(call: str, given: Given, makers: list[Maker]) -> Stage:
+    optimizer, rates = given["optimizer"], given["learning_rate"]
+    decay_fn = given["learning_rate_decay_fn"]
+    patterns = tuple(optimizer) if isinstance(optimizer, Mapping) else None
+    groups = Groups(call, Table(patterns, tuple(makers)), Table.of(rates), decay_fn)
+    what = makers[0].text
+    if patterns is not None:
+        pairs = zip(patterns, makers, strict=True)
+        what = "{" + ", ".join(f"{_key(k)!r}: {m.text}" for k, m in pairs) + "}"
+    text = f"{what} at {_rate_text(rates, decay_fn)}"
+    return Stage(text, groups.transform(), groups=groups)
+
+
+def _rate_text(rates: Any, decay_fn: Any) -> str:
+    if isinstance(rates, Mapping):
+        pairs = ((_key(key), short_repr(rate)) for key, rate in rates.items())
+        text = "{" + ", ".join(f"{key!r}: {rate}" for key, rate in pairs) + "}"
+    else:
+        text = "its own rate" if rates is None else short_repr(rates)
+    return text if decay_fn is None else f"{text} decayed by {short_repr(decay_fn)}"
+
+
+def _warn_of_own_rates(call: str, optimizer: Any) -> None:
+    if any(map(is_transformation, values_of(optimizer))):
+        warnings.warn(
+            f"{call}: the optimizer is an instance, whose own learning rate "
+            "governs; learning_rate_decay_fn has no effect.",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+def _maker(call: str, argument: str, optimizer: Any, rates: Any) -> Maker:
+    if is_transformation(optimizer):
+        return Maker(name_of(optimizer), None, lambda: optimizer, governs=True)
+    own = None
+    if any(rate is None for rate in values_of(rates)) and _brings_its_own(optimizer):
+        own = functools.partial(_made_without_rate, call, optimizer)
+        made = name_of(own())
+        if rates is None or not _takes(optimizer, 1):
+            return Maker(made, None, own)
+    factory, text = _factory(call, argument, optimizer)
+    _probe_factory(call, factory)
+    return Maker(text, factory, own)
+
+
+def _made_without_rate(call: str, optimizer: Callable[[], Any]) -> Any:
+    return check_transformation(call, optimizer())
+
+
+def _factory(
+    call: str, argument: str, optimizer: Any
+) -> tuple[Callable[..., Any], str]:
+    if isinstance(optimizer, str):
+        return get_factory(call, optimizer), title(optimizer)
+    if _takes(optimizer, 1):
+        return optimizer, short_repr(optimizer)
+    problem = (
+        "must be a name, a function of the learning rate, a class or an optax "
+        "transformation."
+    )
+    if isinstance(optimizer, type):
+        problem = "a class must be built from the learning rate alone."
+    elif callable(optimizer):
+        problem = (
+            "a function must take the learning rate alone. Bind the rest with a "
+            "lambda, or give learning_rate=None for a function without arguments."
+        )
+    raise argument_error(call, argument, optimizer, problem)
+
+
+def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
+    names = []
+
+    def build(rate: jax.Array) -> tuple[()]:
+        names.append(name_of(check_transformation(call, factory(rate))))
+        return ()
+
+    jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.float32))
+    if names[0] == "optax.inject_hyperparams":
+        params = {name: jnp.zeros(shape) for name, shape in PROBE.items()}
+        if keeps_first_rate(factory, params):
+            raise refusal(call, INJECTED)
+
+
+def _check_result(call: str, argument: str, learning_rate: Any, decay_fn: Any) -> None:
+    """Refuse a decay function or a schedule that computes no real scalar."""
+    if learning_rate is None:
+        return
+
+    def compute(rate: jax.Array, step: jax.Array) -> tuple[()]:
+        if decay_fn is not None:
+            result = decay_fn(rate, step)
+            check_scalar(call, "learning_rate_decay_fn", decay_fn, result)
+        elif is_schedule(learning_rate):
+            check_scalar(call, argument, learning_rate, learning_rate(step))
+        return ()
+
+    rate, step = (jax.ShapeDtypeStruct((), t) for t in (jnp.float32, jnp.int32))
+    jax.eval_shape(compute, rate, step)
+
+
+def check_pack_size(call: str, given: Given) -> None:
+    """Refuse a size that is none, and packing where no optimizer can be packed."""
+    size, optimizer = given["pack_small_leaves"], given["optimizer"]
+    cure = "an int >= 0: the largest size of a leaf to pack, 0 for none."
+    check_int(call, "pack_small_leaves", size, 0, cure)
+    if not size:
+        return
+    # At a rate of its own: the caller's may be traced, and the answer is the same.
+    given_rates = values_of(given["learning_rate"])
+    rates = {None if rate is None else 0.1 for rate in given_rates}
+    for one in values_of(optimizer):
+        named = isinstance(one, str)
+        can_be_packed = _named_can_be_packed if named else _can_be_packed
+        fitting = [rate for rate in rates if rate is not None or _brings_its_own(one)]
+        if any(can_be_packed(call, rate, one) for rate in fitting):
+            return
+    what = f"the optimizer {short_repr(optimizer)} looks"
+    if isinstance(optimizer, Mapping):
+        what = f"each optimizer of {short_repr(optimizer)} looks"
+    cure = (
+        f"{what} at the shapes, norms or names of single leaves, so packed leaves "
+        "would train differently. Leave it at 0."
+    )
+    raise argument_error(call, "pack_small_leaves", size, cure)
+
+
+def _can_be_packed(call: str, rate: float | None, optimizer: Any) -> bool:
+    given = {
+        "learning_rate": rate,
+        "optimizer": optimizer,
+        "learning_rate_decay_fn": None,
+    }
+    return is_elementwise(optimizer_stage(call, given).transform)
+
+
+# Trying it out takes a second, and a name always means the same.
+_named_can_be_packed = functools.cache(_can_be_packed)

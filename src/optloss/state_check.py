@@ -1,0 +1,132 @@
+"""Whose a state is: compared, by structure and shapes, with what its op would start.
+
+A state of another op often runs on in silence: a clip that was removed reports its last
+values for ever, moments of another shape are broadcast. Dtypes and weak types are not
+compared, nor where arrays lie: parameters may turn to bfloat16 in mid-run, and a
+restored state may be of NumPy's arrays. Under ``vmap`` and ``shard_map`` the shapes are
+those that the traced code sees, of the state and of the parameters alike.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.messages import short_repr
+from optloss.stages import ChainState
+from optloss.typing import PyTree
+
+ABSENT = object()
+
+
+class Difference(NamedTuple):
+    """The first place where two trees are not alike."""
+
+    path: str
+    found: Any
+    wanted: Any
+
+
+def check_state(
+    call: str,
+    state: PyTree,
+    start: Callable[[PyTree], PyTree],
+    params: PyTree,
+    cure: str,
+) -> None:
+    """Refuse ``state`` unless it is alike to what ``start`` makes of ``params``.
+
+    A ``start`` that cannot be traced, or makes something else each time, tells nothing.
+    """
+    try:
+        wanted = jax.eval_shape(start, params)
+        if _alike(state, wanted):
+            return
+        if not _alike(wanted, jax.eval_shape(start, params)):
+            return
+    except Exception:  # an optimizer of the user's own may fail in any way
+        return
+    found, expected = dict(parts(state)), dict(parts(wanted))
+    for part in {**expected, **found}:
+        sides = found.get(part), expected.get(part)
+        check_part(call, part, *sides, cure)
+
+
+def check_part(call: str, part: str, found: PyTree, wanted: PyTree, cure: str) -> None:
+    """Refuse a part of a state that is not alike to the one wanted."""
+    at = difference(found, wanted)
+    if at is not None:
+        where = f", {at.path!r}" if at.path else ""
+        raise part_error(
+            call, part + where, _in_words(at.found), _in_words(at.wanted), cure
+        )
+
+
+def part_error(call: str, part: str, found: str, wanted: str, cure: str) -> ValueError:
+    """Return the error that refuses a state because of one of its parts."""
+    return ValueError(
+        f"{call}: this is the state of another op. Its {part}: {found}; here: {wanted}."
+        f" {cure}".rstrip()
+    )
+
+
+def parts(state: PyTree) -> Iterator[tuple[str, PyTree]]:
+    """Yield the parts of a chain's state by name, guards in front."""
+    while not isinstance(state, ChainState):
+        if not hasattr(state, "inner"):
+            yield "chain", state
+            return
+        yield "guard", state._replace(inner=())
+        state = state.inner
+    # Only whether there is packing: the table is as long as the names in it.
+    yield "packing", None if state.packed is None else ()
+    yield from state._replace(packed=None)._asdict().items()
+
+
+def difference(found: PyTree, wanted: PyTree, path: str = "") -> Difference | None:
+    """Return the first place where two trees differ in structure or shapes."""
+    here = Difference(path, found, wanted)
+    if _is_array(found) or _is_array(wanted):
+        alike = _is_array(found) and _is_array(wanted)
+        return None if alike and jnp.shape(found) == jnp.shape(wanted) else here
+    if type(found) is not type(wanted):
+        return here
+    ours, theirs = _children(found), _children(wanted)
+    for key in {**theirs, **ours}:
+        sides = ours.get(key, ABSENT), theirs.get(key, ABSENT)
+        below = f"{path}/{key}" if path else key
+        at = (
+            Difference(below, *sides)
+            if any(side is ABSENT for side in sides)
+            else difference(*sides, below)
+        )
+        if at is not None:
+            return at
+    return None
+
+
+def _alike(state: PyTree, other: PyTree) -> bool:
+    # The table of packed names is as long as the names are.
+    sides = [[part for _, part in parts(tree)] for tree in (state, other)]
+    shapes = [list(map(jnp.shape, jax.tree.leaves(side))) for side in sides]
+    structures: list[PyTree] = [jax.tree.structure(tree) for tree in (state, other)]
+    return bool(structures[0] == structures[1]) and shapes[0] == shapes[1]
+
+
+def _is_array(node: Any) -> bool:
+    return jax.tree_util.all_leaves([node])
+
+
+def _children(node: Any) -> dict[str, Any]:
+    pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs[0]}
+
+
+def _in_words(node: Any) -> str:
+    if node is ABSENT or node is None or isinstance(node, optax.EmptyState):
+        return "none"
+    if isinstance(node, optax.MaskedNode):
+        return "not trained"
+    return short_repr(node) if _is_array(node) else type(node).__name__

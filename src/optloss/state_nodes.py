@@ -1,0 +1,227 @@
+"""The nodes of a state: the named tuples that transforms keep, and what is in them.
+
+A node holds scalars, such as a count, and trees that mirror the parameters, such as
+moments. Each array is addressed by node, field and parameter, and whether it lies by
+itself or in a packed vector.
+
+Checkpointers that are given no target return nested dicts and lists. There, a dict is
+the node whose fields are its keys, and a tuple is whatever has the keys 0, 1, ....
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from optloss.fast.packing import Layout, PackedTree, read_table
+from optloss.mesh import is_traced
+from optloss.names import leaf_names
+from optloss.typing import PyTree
+
+STAGES = ("noise", "clip", "optimizer")
+TABLE = "packed"  # the field of a chain's state that names what is packed
+
+
+class Place(NamedTuple):
+    """Where an array is: a leaf of the state's tree, or a slice of a packed one."""
+
+    leaf: int
+    shape: tuple[int, ...]
+    start: int | None = None  # None for a leaf by itself
+
+    @property
+    def size(self) -> int:
+        """How many elements the array has."""
+        return math.prod(self.shape)
+
+
+class Node(NamedTuple):
+    """A named tuple of a state: its scalars, and its trees over the parameters."""
+
+    kind: Any  # its type, or its fields where one side has no types
+    path: str
+    stage: str
+    group: tuple[str, ...]
+    entries: dict[tuple[str, str], Place]  # by field and name within it, "" for alone
+    below: tuple[Any, ...]  # the kinds of all nodes inside
+
+    @property
+    def names(self) -> dict[str, dict[str, Place]]:
+        """The entries by name, and in it by field."""
+        by_name: dict[str, dict[str, Place]] = {}
+        for (field, name), place in self.entries.items():
+            by_name.setdefault(name, {})[field] = place
+        return by_name
+
+
+def numbered(tree: PyTree) -> tuple[list[Any], PyTree]:
+    """Return the leaves of ``tree``, and it with their numbers in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    return leaves, jax.tree.unflatten(structure, range(len(leaves)))
+
+
+def _is_named_tuple(node: Any) -> bool:
+    return (
+        isinstance(node, tuple)
+        and hasattr(node, "_fields")
+        and not isinstance(node, (PackedTree, optax.MaskedNode))
+    )
+
+
+def node_types(trees: list[PyTree], containers: Iterable[type]) -> set[Any]:
+    """Return the types of the nodes in ``trees``."""
+    found: set[Any] = set()
+    while trees:
+        tree = trees.pop()
+        if _is_named_tuple(tree):
+            found.add(type(tree))
+        if not jax.tree_util.all_leaves([tree]):
+            trees += _children(tree).values()
+    return found - {optax.EmptyState, *containers}
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if hasattr(node, "_fields"):
+        return dict(zip(node._fields, node, strict=True))
+    if isinstance(node, (list, tuple, Mapping)):
+        items = node.items() if isinstance(node, Mapping) else enumerate(node)
+        return {str(key): child for key, child in items}
+    pairs, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda child: child is not node
+    )
+    return {jax.tree_util.keystr(p, simple=True): child for p, child in pairs if p}
+
+
+class Reader(NamedTuple):
+    """How to read the numbered tree of one state."""
+
+    call: str
+    leaves: list[Any]
+    raw: bool  # whether nodes are told by their fields
+    kinds: set[frozenset[str]]  # the fields of nodes, in a tree without types
+    containers: set[type]
+
+    def fields(self, node: Any) -> dict[str, Any] | None:
+        """Return the fields of a node, ``None`` of what is none."""
+        if _is_named_tuple(node):
+            return None if type(node) in self.containers else _children(node)
+        if isinstance(node, Mapping) and frozenset(map(str, node)) in self.kinds:
+            return _children(node)
+        return None
+
+    def kind(self, node: Any) -> Any:
+        """Return what nodes of a kind have in common."""
+        if self.raw:
+            return frozenset(_children(node))
+        return type(node)
+
+    def holds_nodes(self, tree: Any) -> bool:
+        """Tell whether a node is anywhere in ``tree``."""
+        if self.fields(tree) is not None:
+            return True
+        if jax.tree_util.all_leaves([tree]) or _is_packed(tree):
+            return False
+        return any(map(self.holds_nodes, _children(tree).values()))
+
+    def nodes(
+        self,
+        tree: Any,
+        path: str = "",
+        stage: str = "",
+        group: tuple[str, ...] = (),
+        table: Layout | None = None,
+    ) -> Iterator[Node]:
+        """Yield the nodes of ``tree``, an outer one before those inside."""
+        fields = self.fields(tree)
+        if fields is None and not self.holds_nodes(tree):
+            entries = self.entries("", tree, table)
+            if entries:
+                yield Node("values", path, stage, group, entries, ())
+            return
+        is_chain = False
+        if fields is not None and set(STAGES) <= set(fields):
+            is_chain = True
+            table = self.table(fields.pop(TABLE, None))
+        inside: list[Node] = []
+        entries = {}
+        for key, child in (fields or _children(tree)).items():
+            below = f"{path}/{key}" if path else key
+            if fields is not None and not self.holds_nodes(child):
+                entries |= self.entries(key, child, table)
+                continue
+            in_group = isinstance(tree, Mapping) and fields is None
+            inside += self.nodes(
+                child,
+                below,
+                key if is_chain else stage,
+                (*group, key) if in_group and not _is_tuple(tree) else group,
+                table,
+            )
+        if fields is not None and type(tree) is not optax.EmptyState:
+            below_kinds = tuple(node.kind for node in inside)
+            yield Node(self.kind(tree), path, stage, group, entries, below_kinds)
+        elif not self.raw and fields is not None:
+            yield Node(optax.EmptyState, path, stage, group, {}, ())
+        yield from inside
+
+    def table(self, index: Any) -> Layout | None:
+        """Return what the table of packed names says."""
+        if index is None or not jax.tree_util.all_leaves([index]):
+            return None
+        table = self.leaves[index]
+        if is_traced(table):
+            raise ValueError(
+                f"{self.call}: which parameters are packed is read from the state, so "
+                "a packed state cannot be traced here. Call it outside of jit."
+            )
+        return read_table(table)
+
+    def entries(
+        self, field: str, value: Any, table: Layout | None
+    ) -> dict[tuple[str, str], Place]:
+        """Return where the arrays of a field are, packed ones each by itself."""
+        found = {}
+        nodes, structure = jax.tree.flatten(value, is_leaf=_is_packed)
+        indexes = range(len(nodes))
+        names = leaf_names(jax.tree.unflatten(structure, indexes))
+        for name, node in zip(names, nodes, strict=True):
+            if not _is_packed(node):
+                found[field, name] = Place(node, np.shape(self.leaves[node]))
+                continue
+            for inner, place in self.unpacked(node, table):
+                found[field, "/".join(filter(None, (name, inner)))] = place
+        return found
+
+    def unpacked(
+        self, packed: Any, table: Layout | None
+    ) -> Iterator[tuple[str, Place]]:
+        """Yield name and place of what lies in a packed tree."""
+        vectors, large = _children(packed)["vectors"], _children(packed)["large"]
+        for key, index in vectors.items():
+            slots = None if table is None else table.vectors.get(key)
+            size = np.size(self.leaves[index])
+            if slots is None or sum(slot.size for slot in slots) != size:
+                raise ValueError(
+                    f"{self.call}: the state holds packed parameters without their "
+                    "names, so whose moments they are is not known. Unpack it first "
+                    "with unpack_state, where it was packed."
+                )
+            start = 0
+            for slot in slots:
+                yield slot.name, Place(index, slot.shape, start)
+                start += slot.size
+        places = jax.tree.leaves(large)
+        for name, index in zip(leaf_names(large), places, strict=True):
+            yield name, Place(index, np.shape(self.leaves[index]))
+
+
+def _is_packed(node: Any) -> bool:
+    raw = isinstance(node, Mapping) and set(node) == set(PackedTree._fields)
+    return raw or isinstance(node, PackedTree)
+
+
+def _is_tuple(node: Mapping[Any, Any]) -> bool:
+    return [str(key) for key in node] == [str(i) for i in range(len(node))]
