@@ -13,7 +13,8 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 HOUSE = (
     ("typing",),
     ("trees",),
-    ("mesh", "messages"),
+    ("mesh",),
+    ("messages",),
     ("batches", "loss", "names", "norms"),
     ("gradients", "histograms", "optimizers"),
     ("fast",),

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from optloss.fast.packing import is_elementwise
+from optloss.mesh import is_deleted
 from optloss.messages import (
     argument_error,
     check_axis_name,
@@ -50,7 +51,7 @@ from optloss.transforms.learning_rate import (
 )
 from optloss.transforms.multipliers import check_multipliers, multiply_gradients
 from optloss.transforms.noise import add_gradient_noise
-from optloss.trees import is_deleted, is_transformation
+from optloss.trees import is_transformation
 from optloss.typing import PyTree
 
 Given = Mapping[str, Any]

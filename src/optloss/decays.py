@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.fast.draws import split_key
+from optloss.mesh import is_deleted
 from optloss.messages import (
     argument_error,
     check_bool,
@@ -31,7 +32,6 @@ from optloss.messages import (
     is_real,
     short_repr,
 )
-from optloss.trees import is_deleted
 
 MOST_TABULATED_CYCLES = 4096
 LARGEST_STEP = np.iinfo(np.int32).max

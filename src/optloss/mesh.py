@@ -34,6 +34,11 @@ def is_traced(value: Any) -> TypeGuard[jax.Array]:
     return isinstance(value, Tracer)
 
 
+def is_deleted(value: Any) -> bool:
+    """Tell whether ``value`` is an array whose buffer was donated or deleted."""
+    return isinstance(value, jax.Array) and not is_traced(value) and value.is_deleted()
+
+
 def axes_of(axis_name: AxisName) -> Axes:
     """Return ``axis_name`` as a tuple."""
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optloss.trees import is_deleted
+from optloss.mesh import is_deleted
 
 MOST_SHOWN = 60
 MOST_OF_A_NAME = 120
@@ -308,7 +308,7 @@ def takes(fn: Callable[..., Any], arguments: int, *, more: bool = False) -> bool
 def listing(names: Iterable[Any], most: int = 10) -> str:
     """Return the sorted ``names`` quoted and joined, cut after ``most``."""
     ordered = sorted(
-        name if isinstance(name, str) else short_repr(name) for name in names
+        names, key=lambda name: name if isinstance(name, str) else short_repr(name)
     )
     shown = ", ".join(map(quoted, ordered[:most]))
     return f"{shown} and {len(ordered) - most} more" if len(ordered) > most else shown

@@ -150,12 +150,6 @@ def inexact_only(tree: Any) -> Any:
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def is_deleted(leaf: Any) -> bool:
-    """Tell whether ``leaf`` is an array whose buffer was donated or deleted."""
-    # A traced value has no placement, and refuses to be asked.
-    return hasattr(leaf, "committed") and bool(leaf.is_deleted())
-
-
 def is_transformation(value: Any) -> bool:
     """Tell whether ``value`` is an instance with ``init`` and ``update``."""
     return not isinstance(value, type) and all(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.histograms import Histogram
-from optloss.mesh import is_traced
+from optloss.mesh import is_deleted, is_traced
 from optloss.messages import (
     argument_error,
     check_int,
@@ -32,7 +32,6 @@ from optloss.messages import (
     refusal,
     short_repr,
 )
-from optloss.trees import is_deleted
 
 try:
     from tensorboardX.event_file_writer import EventsWriter
