@@ -8,7 +8,7 @@ with the text that describes it.
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,18 +79,15 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
 
     Refuse leaves that are neither or whose buffers are gone, and names that collide.
     """
+    if isinstance(params, Iterator):  # of which JAX warns
+        raise _no_array(call, "", params)
     leaves, structure = jax.tree.flatten(params)
     names = leaf_names(params)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if is_number(leaf) and _fits(leaf):
             leaves[i] = jnp.asarray(leaf)
         elif not _is_jax_array(leaf):
-            raise refusal(
-                call,
-                f"{_parameter(name)} is no array but {short_repr(leaf)}. Keep such "
-                "leaves outside, for example with params, static = eqx.partition("
-                "model, eqx.is_inexact_array), and combine them inside the loss.",
-            )
+            raise _no_array(call, name, leaf)
         elif is_deleted(leaf):
             raise refusal(
                 call,
@@ -99,6 +96,15 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
             )
     check_names(call, params)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _no_array(call: str, name: str, leaf: Any) -> ValueError:
+    return refusal(
+        call,
+        f"{_parameter(name)} is no array but {short_repr(leaf)}. Keep such leaves "
+        "outside, for example with params, static = eqx.partition(model, "
+        "eqx.is_inexact_array), and combine them inside the loss.",
+    )
 
 
 def _parameter(name: str) -> str:

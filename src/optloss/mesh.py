@@ -36,7 +36,8 @@ def is_traced(value: Any) -> TypeGuard[jax.Array]:
 
 def is_deleted(value: Any) -> bool:
     """Tell whether ``value`` is an array whose buffer was donated or deleted."""
-    return isinstance(value, jax.Array) and not is_traced(value) and value.is_deleted()
+    known = isinstance(value, jax.Array) and not is_traced(value)
+    return known and bool(value.is_deleted())
 
 
 def axes_of(axis_name: AxisName) -> Axes:

@@ -11,7 +11,7 @@ and one that earlier patterns leave nothing to, are errors.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -264,6 +264,8 @@ def is_pattern_list(value: Any) -> bool:
 
 def is_mask(value: Any) -> bool:
     """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
+    if isinstance(value, Iterator):  # of which JAX warns
+        return False
     try:
         leaves = jax.tree.leaves(value)
     except (RecursionError, SystemError):  # a list that holds itself
