@@ -496,7 +496,8 @@ def _cycle(
         return _divide(step, first, dtype)
     if is_number(growth) and growth > 1 and is_number(first) and _is_integer(step):
         last = min(int(np.iinfo(step.dtype).max), 2**53)
-        cycles = np.log1p(last / first * (growth - 1)) / np.log(growth)
+        growth = float(growth)
+        cycles = np.log1p(last / float(first) * (growth - 1)) / np.log(growth)
         if cycles < MOST_TABULATED_CYCLES:
             return _tabulated_cycle(step, first, growth, int(cycles) + 1, dtype)
     return _computed_cycle(step.astype(dtype), first, growth)
