@@ -34,10 +34,9 @@ def is_traced(value: Any) -> TypeGuard[jax.Array]:
     return isinstance(value, Tracer)
 
 
-def is_deleted(value: Any) -> bool:
-    """Tell whether ``value`` is an array whose buffer was donated or deleted."""
-    known = isinstance(value, jax.Array) and not is_traced(value)
-    return known and bool(value.is_deleted())
+def is_deleted(leaf: Any) -> bool:
+    """Tell whether ``leaf`` is an array whose buffer was donated or deleted."""
+    return isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted()
 
 
 def axes_of(axis_name: AxisName) -> Axes:

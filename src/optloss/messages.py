@@ -31,7 +31,11 @@ LARGEST_SHOWN = 10**1000
 MOST_COMPARED = 2000
 """Names among which a nearest one is looked for: each takes some microseconds."""
 
-BRACKETS = {list: "[]", tuple: "()", set: "{}"}
+BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    set: ("{", "}"),
+}
 
 
 def short_repr(value: Any) -> str:
@@ -66,13 +70,14 @@ def _words(value: Any, depth: int) -> str:
 
 
 def _container(value: Any, depth: int) -> str | None:
-    kind = type(value)
+    kind: type = type(value)
     if isinstance(value, functools.partial):
         return _words(value.func, depth + 1) + _fields(
             [*((None, entry) for entry in value.args), *value.keywords.items()], depth
         )
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind.__name__ + _fields(zip(value._fields, value, strict=True), depth)
+    names: Any = getattr(value, "_fields", None)
+    if issubclass(kind, tuple) and names is not None:
+        return kind.__name__ + _fields(zip(names, value, strict=True), depth)
     if kind is dict:
         pairs = (
             f"{_words(key, depth + 1)}: {_words(entry, depth + 1)}"
@@ -110,10 +115,10 @@ def _joined(texts: Iterable[str]) -> str:
 def _single(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    if callable(value) and hasattr(value, "__name__"):
-        return str(value.__name__)
     if type(value) is int and abs(value) > LARGEST_SHOWN:
         return f"an int of {value.bit_length()} bits"
+    if callable(value) and hasattr(value, "__name__"):
+        return str(value.__name__)
     if isinstance(value, (str, bytes, bytearray)):
         return repr(value[:MOST_SHOWN])
     return repr(value)

@@ -296,9 +296,11 @@ def _check(
         "a finite real number > 0 or a 0-d array.",
     )
     # `optax.inject_hyperparams` makes an array of a flag.
-    flag = jnp.issubdtype(getattr(decay_warmup, "dtype", None), jnp.bool_)
-    scalar = (flag and decay_warmup.shape == ()) or is_real_scalar(decay_warmup)
-    if not isinstance(decay_warmup, bool) and not (is_array(decay_warmup) and scalar):
+    flag = is_array(decay_warmup) and (
+        is_real_scalar(decay_warmup)
+        or (decay_warmup.dtype == jnp.bool_ and decay_warmup.shape == ())
+    )
+    if not isinstance(decay_warmup, bool) and not flag:
         raise argument_error(
             call, "decay_warmup", decay_warmup, "must be True or False."
         )

@@ -13,6 +13,7 @@ from optloss.messages import (
     check_axis_name,
     check_callable,
     check_number,
+    is_number,
     refusal,
     short_repr,
 )
@@ -130,8 +131,9 @@ def clip_by_global_norm(
             gradient_norm = global_norm(updates, axis_name=axis_name)
         norm = gradient_norm.astype(state.norm.dtype)
         # An infinite bound is the largest float, which no finite norm exceeds either.
-        bound = jnp.asarray(max_norm, norm.dtype)
-        bound = jnp.clip(bound, 0, jnp.finfo(norm.dtype).max)
+        largest = float(jnp.finfo(norm.dtype).max)
+        within = min(max_norm, largest) if is_number(max_norm) else max_norm
+        bound = jnp.clip(jnp.asarray(within, norm.dtype), 0, largest)
         outside = (norm > bound) & jnp.isfinite(norm)
         factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
         new_state = ClipState(

@@ -183,7 +183,7 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
     layers = check_int(
         "layerwise_decay", "num_layers", num_layers, 1, wanted, MOST_LAYERS
     )
-    if not isinstance(rate, jax.Array) and layers * math.log(rate) > LARGEST_LOG:
+    if is_number(rate) and layers * math.log(rate) > LARGEST_LOG:
         problem = f"to the power of {layers} is no finite number. Is it below 1?"
         raise argument_error("layerwise_decay", "rate", rate, problem)
     return {pattern.replace("{}", str(i)): rate ** (layers - i) for i in range(layers)}
