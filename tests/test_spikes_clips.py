@@ -471,7 +471,7 @@ def test_what_looks_at_leaves_is_not_packed():
         (autoclip, False),
     ]:
         for clip in (make(), optax.chain(optax.clip(1.0), make())):
-            assert looks_at_leaves(Stage("", clip)) == looks
+            assert looks_at_leaves(Stage("clip", clip)) == looks
 
 
 @every_clip

@@ -27,7 +27,7 @@ NOTHING = Stage("", optax.with_extra_args_support(optax.identity()))
 
 
 class Stages(NamedTuple):
-    """The stages in their order; :data:`NOTHING`, without a text, where there is none."""
+    """The stages in order; :data:`NOTHING`, which has no text, for an absent one."""
 
     noise: Stage = NOTHING
     multipliers: Stage = NOTHING
