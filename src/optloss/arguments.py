@@ -79,15 +79,21 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
 
     Refuse leaves that are neither or whose buffers are gone, and names that collide.
     """
-    if isinstance(params, Iterator):  # of which JAX warns
-        raise _no_array(call, "", params)
+    if isinstance(params, Iterator):  # which JAX would take for a leaf
+        problem = f"the parameters are {short_repr(params)}. Pass a list of them."
+        raise refusal(call, problem)
     leaves, structure = jax.tree.flatten(params)
     names = leaf_names(params)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if is_number(leaf) and _fits(leaf):
             leaves[i] = jnp.asarray(leaf)
         elif not _is_jax_array(leaf):
-            raise _no_array(call, name, leaf)
+            raise refusal(
+                call,
+                f"{_parameter(name)} is no array but {short_repr(leaf)}. Keep such "
+                "leaves outside, for example with params, static = eqx.partition("
+                "model, eqx.is_inexact_array), and combine them inside the loss.",
+            )
         elif is_deleted(leaf):
             raise refusal(
                 call,
@@ -96,15 +102,6 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
             )
     check_names(call, params)
     return jax.tree.unflatten(structure, leaves)
-
-
-def _no_array(call: str, name: str, leaf: Any) -> ValueError:
-    return refusal(
-        call,
-        f"{_parameter(name)} is no array but {short_repr(leaf)}. Keep such leaves "
-        "outside, for example with params, static = eqx.partition(model, "
-        "eqx.is_inexact_array), and combine them inside the loss.",
-    )
 
 
 def _parameter(name: str) -> str:

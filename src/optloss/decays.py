@@ -13,6 +13,7 @@ number above :math:`2^{24}`. Between those steps, float32's rounding is all ther
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -496,8 +497,7 @@ def _cycle(
         return _divide(step, first, dtype)
     if is_number(growth) and growth > 1 and is_number(first) and _is_integer(step):
         last = min(int(np.iinfo(step.dtype).max), 2**53)
-        growth = float(growth)
-        cycles = np.log1p(last / float(first) * (growth - 1)) / np.log(growth)
+        cycles = np.log1p(last / first * (growth - 1)) / math.log(growth)
         if cycles < MOST_TABULATED_CYCLES:
             return _tabulated_cycle(step, first, growth, int(cycles) + 1, dtype)
     return _computed_cycle(step.astype(dtype), first, growth)

@@ -264,7 +264,7 @@ def is_pattern_list(value: Any) -> bool:
 
 def is_mask(value: Any) -> bool:
     """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
-    if isinstance(value, Iterator):  # of which JAX warns
+    if isinstance(value, Iterator):  # which JAX would take for a leaf
         return False
     try:
         leaves = jax.tree.leaves(value)
