@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from state_pairs import PAIRS, PARAMS, loss, op_of
 
 import optloss
@@ -139,7 +139,7 @@ def test_states_in_a_scan(op):
 
 
 def test_states_in_a_shard_map():
-    mesh = jax.make_mesh((2,), ("data",))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     params = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), PARAMS["head"])
     op = optloss.optimize_loss(
         lambda p, x: jnp.sum(p["kernel"] ** 2) + jnp.sum(p["bias"]) * jnp.mean(x),

@@ -182,8 +182,8 @@ def _taken(node: Node, olds: list[Node], leaves: list[Any]) -> dict[Entry, Place
 
 def _same_optimizer(node: Node, old: Node) -> bool:
     """Tell whether a base learning rate in ``old`` may go on in ``node``."""
-    has_rate = any(field == "base" for field, _ in node.entries)
-    return not has_rate or node.below == old.below
+    ours, theirs = ({field for field, _ in side.entries} for side in (node, old))
+    return "base" not in ours or (ours == theirs and node.below == old.below)
 
 
 def _matches(node: Node, old: Node) -> dict[Entry, Place]:

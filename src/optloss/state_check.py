@@ -44,7 +44,8 @@ def check_state(
         wanted = jax.eval_shape(start, params)
         if _alike(state, wanted):
             return
-        if not _alike(wanted, jax.eval_shape(start, params)):
+        # A function of its own: of one that it knows JAX tells what it told before.
+        if not _alike(wanted, jax.eval_shape(lambda tree: start(tree), params)):
             return
     except Exception:  # an optimizer of the user's own may fail in any way
         return
