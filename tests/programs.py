@@ -23,3 +23,9 @@ def always_run(text):
             called = r"\b(?:calls|to_apply|body|condition)=%([^\s,}]+)"
             waiting += re.findall(called, parts[name])
     return "\n".join(found.values())
+
+
+def compiled_programs(train_op):
+    """Return how many programs the calls of a training op were compiled to."""
+    programs = train_op._compiled.programs.values()
+    return sum(program._cache_size() for program in programs)

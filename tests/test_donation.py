@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import compiled_programs
 
 import optloss
 
@@ -72,8 +73,7 @@ def check(op, params, x, init=None):
     state = run(op, (init or op.init)(params), x)
     for leaf in jax.tree.leaves((params, x)):
         assert not leaf.is_deleted()
-    sizes = [f._cache_size() for f in op._compiled_on_a_mesh.values()]
-    assert max(sizes, default=op._compiled._cache_size()) == 1
+    assert compiled_programs(op) == 1
     return state
 
 
@@ -156,7 +156,7 @@ def test_an_array_of_the_state_as_an_argument():
         rate = state.opt_state.optimizer.base
         state, output = op(state, state.params, state.step, more={"rate": rate})
         assert output.loss == 2.0
-    assert op._compiled._cache_size() == 1
+    assert compiled_programs(op) == 1
 
 
 def test_without_donation_nothing_is_copied():
@@ -185,7 +185,7 @@ def test_a_restored_python_int_is_compiled_for_once():
     state = op.init(jnp.ones(2))._replace(step=7)
     for _ in range(3):
         state, _ = op(state)
-    assert (state.step, op._compiled._cache_size()) == (10, 1)
+    assert (state.step, compiled_programs(op)) == (10, 1)
     assert op.update(state._replace(step=7))[0].step == 8
 
 

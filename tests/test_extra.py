@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
+from programs import compiled_programs
 from sklearn.datasets import load_digits
 
 import optloss
@@ -209,7 +210,7 @@ def test_what_asks_for_the_loss_descends(optimizer, learning_rate):
     for _ in range(20):
         state, output = train_op(state)
     assert output.loss < 10
-    assert train_op._compiled._cache_size() == 1
+    assert compiled_programs(train_op) == 1
 
 
 def test_the_chain_alone_takes_a_value_fn_of_all_parameters():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
+from programs import compiled_programs
 
 import optloss
 from optloss.fast.packing import PackedTree
@@ -315,7 +316,7 @@ def test_a_rate_is_read_and_set_by_key_without_a_compilation():
     before = optloss.get_learning_rate(state)
     state = optloss.set_learning_rate(state, {"head/*": 0.4})
     state, output = train_op(state)
-    assert train_op._compiled._cache_size() == 1
+    assert compiled_programs(train_op) == 1
     assert before == {"head/*": jnp.float32(0.2), "**": jnp.float32(0.1)}
     np.testing.assert_allclose(state.params["head"]["bias"], 0.6 * 0.2, rtol=1e-6)
     np.testing.assert_allclose(state.params["body"]["bias"], 0.8 * 0.8, rtol=1e-6)
@@ -440,7 +441,7 @@ def test_half_precision_parameters_keep_their_states_dtypes():
     before = jax.tree.map(lambda leaf: leaf.dtype, state)
     for _ in range(2):
         state, _ = train_op(state)
-    assert train_op._compiled._cache_size() == 1
+    assert compiled_programs(train_op) == 1
     assert jax.tree.map(lambda leaf: leaf.dtype, state) == before
 
 
@@ -459,8 +460,7 @@ def test_sharded_groups_compile_once(kind):
             state, _ = train_op(state)
             state = optloss.set_learning_rate(state, {"a": 0.05})
         rates = optloss.get_learning_rate(state)
-    compiled = [train_op._compiled, *train_op._compiled_on_a_mesh.values()]
-    assert sum(one._cache_size() for one in compiled) == 1
+    assert compiled_programs(train_op) == 1
     assert rates["a"] == jnp.float32(0.05)
     for leaf in jax.tree.leaves(state.params):
         assert leaf.sharding.is_equivalent_to(sharding, 2)

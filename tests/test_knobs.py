@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import compiled_programs
 
 import optloss
 
@@ -67,7 +68,7 @@ def test_multipliers_and_clip_follow_the_step(counter):
         state, _ = train_op(state, jnp.asarray(gradient))
         path.append(flat(state.params))
     np.testing.assert_allclose(path, oracle(counter), rtol=1e-4, atol=1e-5)
-    assert train_op._compiled._cache_size() == 1
+    assert compiled_programs(train_op) == 1
 
 
 def test_without_a_step_their_own_counts_serve():

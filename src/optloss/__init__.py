@@ -13,13 +13,16 @@ from optloss.decays import piecewise_constant as piecewise_constant
 from optloss.decays import polynomial_decay as polynomial_decay
 from optloss.fast.packed_states import pack_state as pack_state
 from optloss.fast.packed_states import unpack_state as unpack_state
+from optloss.gradients import accumulate_gradients as accumulate_gradients
 from optloss.histograms import Histogram as Histogram
 from optloss.histograms import histogram as histogram
+from optloss.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optloss.norms import global_norm as global_norm
 from optloss.optimize import optimize_loss as optimize_loss
 from optloss.optimizers.registry import list_optimizers as list_optimizers
 from optloss.optimizers.registry import register_optimizer as register_optimizer
 from optloss.optimizers.tensorflow import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
+from optloss.per_example import clip_per_example as clip_per_example
 from optloss.rates import get_learning_rate as get_learning_rate
 from optloss.rates import set_learning_rate as set_learning_rate
 from optloss.summaries import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES

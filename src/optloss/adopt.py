@@ -110,14 +110,18 @@ def adopt_state(call: str, init: Init, old: Any, params: PyTree) -> Any:
     opt_state, _, _ = carry(
         call, fields["opt_state"], fresh.opt_state, node_types([params], ())
     )
+    average = fresh.average
+    if average is not None and fields["average"] is not None:
+        containers = node_types([params], ())
+        average, _, _ = carry(call, fields["average"], average, containers)
     step = fresh.step
     if step is not None and fields["step"] is not None:
         step = _beside(fields["step"], step)
-    return fresh._replace(step=step, opt_state=opt_state)
+    return fresh._replace(step=step, opt_state=opt_state, average=average)
 
 
 def _state_fields(call: str, old: Any) -> dict[str, Any]:
-    needed = ("step", "params", "model_state", "opt_state")
+    needed = ("step", "params", "model_state", "opt_state", "average")
     fields = old if isinstance(old, Mapping) else getattr(old, "_asdict", dict)()
     if not {"params", "opt_state"} <= set(fields):
         raise ValueError(

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optloss.averages import check_decay
 from optloss.extra import by_signature
 from optloss.knobs import check_knob, check_schedule, is_schedule
+from optloss.loss_scale import as_loss_scale
 from optloss.made_by import name_of, root
 from optloss.mesh import is_deleted
 from optloss.messages import (
@@ -41,6 +43,7 @@ from optloss.optimizer_argument import (
     optimizer_stage,
     values_of,
 )
+from optloss.per_example import ClippedPerExample
 from optloss.stages import NOTHING, Stage, Stages
 from optloss.summaries import OPTIMIZER_SUMMARIES
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
@@ -211,6 +214,32 @@ def _check_name(call: str, given: Given) -> None:
         raise argument_error(call, "name", name, "must be a str; '' for no prefix.")
 
 
+# The gradient, and what follows the update
+
+
+def _check_value_and_grad(call: str, given: Given) -> None:
+    value_and_grad = given["value_and_grad"]
+    wanted = "a function like jax.value_and_grad"
+    check_callable(call, "value_and_grad", value_and_grad, 1, wanted, more=True)
+    if not isinstance(value_and_grad, ClippedPerExample):
+        return
+    reason = {
+        "axis_name": "a mean over devices mixes their examples. Use jit on a mesh.",
+        "loss_scale": "it would clip scaled gradients. Scale neither, for example in "
+        "bfloat16.",
+    }
+    for other, why in reason.items():
+        if given[other] is not None:
+            problem = f"cannot be used together with {other}: {why}"
+            raise argument_error(call, "value_and_grad", value_and_grad, problem)
+
+
+def _check_projection(call: str, given: Given) -> None:
+    if given["projection"] is not None:
+        wanted = "a function of the trained parameters that returns such"
+        check_callable(call, "projection", given["projection"], 1, wanted)
+
+
 # Noise, multipliers, clip
 
 
@@ -341,4 +370,8 @@ CHECKS: dict[str, Callable[[str, Given], Any]] = {
     "pack_small_leaves": check_pack_size,
     "axis_name": lambda call, given: check_axis_name(call, given["axis_name"]),
     "donate": _flag("donate"),
+    "value_and_grad": _check_value_and_grad,
+    "loss_scale": lambda call, given: as_loss_scale(call, given["loss_scale"]),
+    "projection": _check_projection,
+    "moving_average": lambda call, given: check_decay(call, given["moving_average"]),
 }

@@ -28,6 +28,7 @@ from optloss.fast.packing import (
     table_of,
 )
 from optloss.guard import count_skipped, is_finite, start_skipping, update_if
+from optloss.loss_scale import LossScale, as_loss_scale
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
@@ -75,17 +76,22 @@ class Chain:
     skip_nonfinite: bool
     pack_size: int
     axis_name: AxisName
+    loss_scale: LossScale | None = None
 
     @classmethod
     def of(cls, call: str, given: Given) -> "Chain":
         """Return the chain that these arguments of ``call`` ask for."""
+        stages = stages_of(call, given)
+        scale = as_loss_scale(call, given.get("loss_scale"))
+        is_dynamic = scale is not None and scale.is_dynamic
         return cls(
             call=call,
-            stages=stages_of(call, given),
+            stages=stages,
             variables=given["variables"],
-            skip_nonfinite=given["skip_nonfinite"],
+            skip_nonfinite=given["skip_nonfinite"] or is_dynamic,
             pack_size=int(given["pack_small_leaves"]),
             axis_name=given["axis_name"],
+            loss_scale=scale,
         )
 
     def transform(self) -> Transform:
@@ -125,7 +131,8 @@ class Chain:
         ]
         after: PyTree = self._clip_and_optimizer.init(trained)
         table = table_of(self.layout(trained)) if self.pack_size else None
-        state = ChainState(noise, *after, table, *multipliers)
+        scale = None if self.loss_scale is None else self.loss_scale.init()
+        state = ChainState(noise, *after, table, *multipliers, scale)
         return start_skipping(state) if self.skip_nonfinite else state
 
     def layout(self, trained: PyTree) -> Layout:
@@ -177,7 +184,7 @@ class Chain:
         self, gradients: PyTree, state: PyTree, params: PyTree, extra: Extra
     ) -> tuple[PyTree, ChainState]:
         """Add noise and multiply: the first half."""
-        inner: ChainState = state.inner if self.skip_nonfinite else state
+        inner = self._inner(state)
         noise, multipliers = self.stages.noise, self.stages.multipliers
         noisy, after = run(noise, gradients, inner.noise, params, extra)
         shaped, counted = run(multipliers, noisy, inner.multipliers, params, extra)
@@ -204,6 +211,9 @@ class Chain:
             return update()
         good = is_finite(norm, loss, self.axis_name)
         made, inner = update_if(good, update, (nothing(), state.inner))
+        if self.loss_scale is not None and inner.loss_scale is not None:
+            scale = self.loss_scale.update(state.inner.loss_scale, good)
+            inner = inner._replace(loss_scale=scale)
         return made, count_skipped(state, good)._replace(inner=inner)
 
     def after(
@@ -247,8 +257,17 @@ class Chain:
 
     def rates(self, state: PyTree) -> dict[str, jax.Array]:
         """Return the learning rates of the latest update by tag, where known."""
+        return used_rates(self._inner(state).optimizer)
+
+    def scale(self, state: PyTree) -> jax.Array | None:
+        """Return what the loss is multiplied by, ``None`` without a loss scale."""
+        if self.loss_scale is None:
+            return None
+        return self.loss_scale.scale(self._inner(state).loss_scale)
+
+    def _inner(self, state: PyTree) -> ChainState:
         inner: ChainState = state.inner if self.skip_nonfinite else state
-        return used_rates(inner.optimizer)
+        return inner
 
     @functools.cached_property
     def _clip_and_optimizer(self) -> Transform:

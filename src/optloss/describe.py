@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from optloss.chain import Chain
 from optloss.messages import is_number, short_repr
 from optloss.names import first_match, leaf_names
 from optloss.stages import NOTHING, Stage
+from optloss.typing import PyTree
 
 WIDTH = 100
 WIDEST_CELL = 20
@@ -41,19 +43,18 @@ class Row(NamedTuple):
     multiplier: str = ""
 
 
-def one_line(chain: Chain, name: str, counts: bool = True) -> str:
-    """Return the pipeline in order; ``counts`` tells that a step is counted."""
-    last = ["step + 1"] if counts else []
+def one_line(chain: Chain, name: str, first: str, last: Sequence[str]) -> str:
+    """Return the pipeline in order, with what comes before and after the chain."""
     texts = [
         stage.text for stage in chain.stages if stage is not NOTHING and stage.text
     ]
-    stages = " -> ".join(["gradient", *texts, *last])
+    stages = " -> ".join([first, *texts, *last])
     skip = " (skipped if not finite)" if chain.skip_nonfinite else ""
     return f"{name}: {stages}{skip}" if name else f"{stages}{skip}"
 
 
-def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
-    """Return the pipeline, the folded table of ``params`` and the totals."""
+def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
+    """Return the ``pipeline``, the folded table of ``params`` and the totals."""
     params = as_arrays(chain.call, params)
     state = jax.eval_shape(chain.init, params)
     selected = chain.selected(params)
@@ -71,7 +72,7 @@ def describe(chain: Chain, name: str, params: Any, counts: bool = True) -> str:
     rows = fold([_row(*column) for column in columns])
     return "\n".join(
         [
-            *_wrap(one_line(chain, name, counts)),
+            *_wrap(pipeline),
             "",
             *_table(rows),
             "",

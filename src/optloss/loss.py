@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import refusal, short_repr, signature_of
+from optloss.messages import quoted, refusal, short_repr, signature_of
+from optloss.names import leaf_names
+from optloss.trees import keep_dtypes
+from optloss.typing import PyTree
 
 
 class Outcome(NamedTuple):
@@ -34,6 +37,7 @@ def call_loss(
     _check_arguments(loss, arguments, kwargs, model_state is not None)
     result = loss(*arguments, **kwargs)
     value, *rest = result if type(result) is tuple and result else (result,)
+    call = "optimize_loss"
     if model_state is None:
         if len(rest) > 1:
             raise refusal(
@@ -42,9 +46,9 @@ def call_loss(
                 "returns loss or (loss, aux); if it has one, pass it: "
                 "train_op.init(params, model_state).",
             )
-        return Outcome(_scalar(value), None, rest[0] if rest else None)
+        return Outcome(real_scalar(call, value), None, rest[0] if rest else None)
     if not rest and ops_follow:
-        return Outcome(_scalar(value), model_state, None)
+        return Outcome(real_scalar(call, value), model_state, None)
     if not 1 <= len(rest) <= 2:
         raise refusal(
             "optimize_loss",
@@ -52,7 +56,8 @@ def call_loss(
             "returns (loss, new_model_state) or (loss, new_model_state, aux).",
         )
     adopted = like_before("the loss", rest[0], model_state)
-    return Outcome(_scalar(value), adopted, rest[1] if len(rest) == 2 else None)
+    aux = rest[1] if len(rest) == 2 else None
+    return Outcome(real_scalar(call, value), adopted, aux)
 
 
 def _results(count: int) -> str:
@@ -83,17 +88,41 @@ def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> 
         ) from error
 
 
-def _scalar(loss: Any) -> jax.Array:
+def real_scalar(call: str, loss: Any) -> jax.Array:
+    """Return the loss, a real floating scalar, as an array."""
     if isinstance(loss, float):
         loss = jnp.asarray(loss, jnp.float32)
     dtype = getattr(loss, "dtype", None)
     if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise refusal(
-            "optimize_loss",
+            call,
             f"the loss must be a real floating scalar, got {short_repr(loss)}. Reduce "
             "it first, for example with loss.mean().",
         )
     return jnp.asarray(loss)
+
+
+def run_projection(projection: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """Return ``projection(params)`` in the dtypes of ``params``."""
+    made = projection(params)
+    who = f"optimize_loss(projection={short_repr(projection)})"
+    structure: PyTree = jax.tree.structure(made)
+    if structure != jax.tree.structure(params):
+        raise refusal(
+            who,
+            f"it returned {structure}, not the structure of the trained parameters, "
+            f"{jax.tree.structure(params)}.",
+        )
+    for name, new, old in zip(
+        leaf_names(params), *map(jax.tree.leaves, (made, params)), strict=True
+    ):
+        if jnp.shape(new) != jnp.shape(old):
+            raise refusal(
+                who,
+                f"it returned {short_repr(new)} for {quoted(name)}, which is "
+                f"{short_repr(old)}. Keep the shape.",
+            )
+    return keep_dtypes(made, params)
 
 
 def run_update_ops(

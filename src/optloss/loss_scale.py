@@ -42,8 +42,25 @@ class LossScale:
     factor: float
     minimum: float
 
-    def init(self) -> LossScaleState:
-        """Return the state before the first step."""
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the scale follows the steps of the run."""
+        return self.factor > 1
+
+    @property
+    def text(self) -> str:
+        """The words that describe it."""
+        kind = "dynamic loss scale from" if self.is_dynamic else "loss scale"
+        return f"{kind} {self.initial:g}"
+
+    def scale(self, state: LossScaleState | None) -> jax.Array:
+        """Return the scale of the next step."""
+        return jnp.float32(self.initial) if state is None else state.scale
+
+    def init(self) -> LossScaleState | None:
+        """Return the state before the first step; a constant scale has none."""
+        if not self.is_dynamic:
+            return None
         return LossScaleState(
             scale=jnp.array(self.initial, jnp.float32), good=jnp.zeros((), jnp.int32)
         )
@@ -61,12 +78,12 @@ class LossScale:
         )
 
 
-def scale_loss(state: LossScaleState, loss: jax.Array) -> jax.Array:
+def scale_loss(scale: jax.Array, loss: jax.Array) -> jax.Array:
     """Return the loss times the scale, in float32 (float64 for such a loss)."""
-    return loss.astype(accumulator_dtype(loss.dtype)) * state.scale
+    return loss.astype(accumulator_dtype(loss.dtype)) * scale
 
 
-def unscale(state: LossScaleState, tree: PyTree) -> PyTree:
+def unscale(scale: jax.Array, tree: PyTree) -> PyTree:
     """Return gradients, or the loss, divided by the scale.
 
     Half-precision leaves become float32, where what is left of them is no zero; float64
@@ -75,10 +92,10 @@ def unscale(state: LossScaleState, tree: PyTree) -> PyTree:
 
     def divide(leaf: jax.Array) -> jax.Array:
         wide = leaf.astype(accumulator_dtype(leaf.dtype))
-        scale = state.scale.astype(real_dtype(wide.dtype))
+        divisor = scale.astype(real_dtype(wide.dtype))
         if jnp.iscomplexobj(wide):
-            return jax.lax.complex(wide.real / scale, wide.imag / scale)
-        return wide / scale
+            return jax.lax.complex(wide.real / divisor, wide.imag / divisor)
+        return wide / divisor
 
     return map_inexact(divide, tree)
 

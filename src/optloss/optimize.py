@@ -3,10 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
+from optloss.averages import Decay
 from optloss.chain import Chain
+from optloss.gradients import ValueAndGrad
+from optloss.loss_scale import LossScale
 from optloss.mesh import AxisName
 from optloss.summaries import Asked
 from optloss.train_op import TrainOp
+from optloss.typing import PyTree
 
 
 def optimize_loss(
@@ -32,6 +38,10 @@ def optimize_loss(
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
     donate: bool = True,
+    value_and_grad: ValueAndGrad = jax.value_and_grad,
+    loss_scale: float | LossScale | None = None,
+    projection: Callable[[PyTree], PyTree] | None = None,
+    moving_average: Decay | None = None,
 ) -> TrainOp:
     r"""Make a complete, compiled training step of a loss.
 
@@ -94,6 +104,16 @@ def optimize_loss(
         axis_name: For ``train_op.update`` under ``shard_map`` or ``pmap``: the mesh
             axes. Gradients are not reduced; the loss returns its ``jax.lax.pmean``.
         donate: Whether ``train_op(state, ...)`` donates the buffers of the state.
+        value_and_grad: How the loss is differentiated: a function like
+            ``jax.value_and_grad``, such as :func:`accumulate_gradients` or
+            :func:`clip_per_example`.
+        loss_scale: What the loss is multiplied by before it is differentiated, and the
+            gradients are divided by: a number > 0, or :func:`dynamic_loss_scale`, which
+            implies ``skip_nonfinite``.
+        projection: A function of the trained parameters, such as
+            ``optax.projections.projection_non_negative``, applied after each update.
+        moving_average: Decay in [0, 1), or a function of the step that returns it, of a
+            moving average of the trained parameters; see :meth:`TrainOp.averaged`.
 
     Returns:
         A :class:`TrainOp`. ``train_op.init(params)`` makes a :class:`TrainOpState`, and
@@ -145,4 +165,7 @@ def optimize_loss(
         colocate_gradients_with_ops=colocate_gradients_with_ops,
         increment_global_step=increment_global_step,
         donate=donate,
+        value_and_grad=value_and_grad,
+        projection=projection,
+        moving_average=moving_average,
     )

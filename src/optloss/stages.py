@@ -50,6 +50,7 @@ class ChainState(NamedTuple):
     # A count each, where a multiplier is a function of the step.
     multipliers: PyTree = optax.EmptyState()
     rate_multipliers: PyTree = optax.EmptyState()
+    loss_scale: PyTree = None
 
 
 def run(

@@ -144,7 +144,7 @@ class Measured(NamedTuple):
 
 def step_summaries(
     asked: Asked,
-    loss: jax.Array,
+    loss: jax.Array | None,
     rates: Mapping[str, jax.Array],
     measured: Measured | None,
     step: jax.Array | None,
@@ -153,13 +153,13 @@ def step_summaries(
 
     Args:
         asked: What is to be reported.
-        loss: The loss before the update.
+        loss: The loss before the update, where it is known.
         rates: The learning rates of the update by tag, where they are known.
         measured: The gradient, where anything of it is asked for.
         step: The step before its increment, where there is a counter.
     """
     found: dict[str, Any] = {}
-    if "loss" in asked.summaries:
+    if "loss" in asked.summaries and loss is not None:
         found[LOSS] = loss
     if "learning_rate" in asked.summaries:
         found |= rates

@@ -17,27 +17,36 @@ import optax
 
 from optloss.adopt import adopt_state
 from optloss.arguments import as_arrays
+from optloss.averages import (
+    AverageState,
+    Decay,
+    averaged,
+    start_average,
+    update_average,
+)
 from optloss.chain import Chain
+from optloss.compiled import CompiledStep
 from optloss.describe import describe, one_line
-from optloss.donation import clear_if_deleted, copies_of_donated
+from optloss.donation import clear_if_deleted
 from optloss.evaluation import evaluation_params
-from optloss.extra import fill_masked
 from optloss.fast.handover import Stacked
+from optloss.gradients import ValueAndGrad
 from optloss.histograms import Histogram
-from optloss.loss import Outcome, call_loss, run_update_ops
-from optloss.mesh import kept_shardings, shard_like, shard_state
+from optloss.loss import Outcome, run_projection, run_update_ops
+from optloss.mesh import shard_like, shard_state
 from optloss.messages import short_repr
+from optloss.objective import (
+    Objective,
+    conjugate,
+    given_gradients,
+    given_outcome,
+    missing_argument,
+)
 from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
-from optloss.trees import (
-    increment,
-    map_inexact,
-    merge_leaves,
-    own_copy,
-    select_leaves,
-)
-from optloss.typing import PyTree
+from optloss.trees import increment, merge_leaves, own_copy, select_leaves
+from optloss.typing import PyTree, Scalar
 
 
 class TrainOpState(NamedTuple):
@@ -47,12 +56,13 @@ class TrainOpState(NamedTuple):
     params: Any
     model_state: Any  # None where the loss has none
     opt_state: Any
+    average: AverageState | None = None  # None without moving_average
 
 
 class StepOutput(NamedTuple):
     """What one step reports."""
 
-    loss: jax.Array  # float [], before the update
+    loss: Any  # float [], before the update; None if apply_gradients was given none
     aux: Any
     summaries: dict[str, jax.Array | Histogram]  # by tag
 
@@ -64,6 +74,14 @@ class UpdateContext(NamedTuple):
     aux: Any
     loss: jax.Array  # before the update
     step: jax.Array | None  # before its increment
+
+
+class Moved(NamedTuple):
+    """What an update has moved, besides the state of the chain."""
+
+    trained: PyTree
+    average: AverageState | None
+    model_state: PyTree
 
 
 ADOPT = "train_op.adopt(state) makes one of it, with all that fits."
@@ -97,6 +115,9 @@ class TrainOp:
     colocate_gradients_with_ops: bool
     increment_global_step: bool
     donate: bool
+    value_and_grad: ValueAndGrad = jax.value_and_grad
+    projection: Callable[[PyTree], PyTree] | None = None
+    moving_average: Decay | None = None
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -108,13 +129,30 @@ class TrainOp:
         """The prefix of the summaries' tags."""
         return self.asked.name
 
-    @property
-    def _counts(self) -> bool:
-        return self.global_step is not None and self.increment_global_step
-
     def __repr__(self) -> str:
         """Return the pipeline in order, on one line."""
-        return one_line(self.chain, self.name, self._counts)
+        return one_line(self.chain, self.name, self._gradient_text, self._last_texts)
+
+    @property
+    def _gradient_text(self) -> str:
+        parts = ["gradient"]
+        if self.value_and_grad is not jax.value_and_grad:
+            parts.append(f"by {short_repr(self.value_and_grad)}")
+        if self.chain.loss_scale is not None:
+            parts.append(f"at {self.chain.loss_scale.text}")
+        return " ".join(parts)
+
+    @property
+    def _last_texts(self) -> list[str]:
+        counts = self.global_step is not None and self.increment_global_step
+        texts = {
+            short_repr(self.projection): self.projection is not None,
+            f"moving_average({short_repr(self.moving_average)})": (
+                self.moving_average is not None
+            ),
+            "step + 1": counts,
+        }
+        return [text for text, is_there in texts.items() if is_there]
 
     def describe(self, params: Any) -> str:
         """Return the pipeline, and a table of what applies to which parameter.
@@ -141,7 +179,7 @@ class TrainOp:
             OptimizeLoss: gradient -> clip_by_global_norm(1.0) -> optax.adam at 0.1 ->
                 step + 1
         """
-        return describe(self.chain, self.name, params, self._counts)
+        return describe(self.chain, repr(self), params)
 
     def init(self, params: Any, model_state: Any = None) -> TrainOpState:
         """Return the state of a run that starts from ``params``.
@@ -179,7 +217,11 @@ class TrainOp:
         step = None
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
-        state = TrainOpState(step, params, model_state, opt_state)
+        average = None
+        if self.moving_average is not None:
+            selected = self.chain.selected(params)
+            average = start_average(select_leaves(params, selected))
+        state = TrainOpState(step, params, model_state, opt_state, average)
         placed: TrainOpState = shard_state(state, params)
         return placed
 
@@ -240,47 +282,16 @@ class TrainOp:
         _check_state(state)
         state = _with_step_as_array(state)
         with clear_if_deleted("train_op(state)", state):
-            if self.donate:
-                args, kwargs = copies_of_donated(state, (args, kwargs))
-            new_state, loss, aux, found = self._compiled_for(state)(
-                state, *args, **kwargs
-            )
+            new_state, loss, aux, found = self._compiled(state, *args, **kwargs)
             return new_state, StepOutput(loss, aux, found.summaries())
 
-    def _compiled_for(self, state: TrainOpState) -> Callable[..., Any]:
-        shardings = kept_shardings(state, state.params)
-        if shardings is None:
-            return self._compiled
-        structure = jax.tree.structure(state)
-        if (structure, shardings) not in self._compiled_on_a_mesh:
-            placed = jax.tree.unflatten(structure, shardings)
-            self._compiled_on_a_mesh[structure, shardings] = jax.jit(
-                functools.partial(self._handed_over, placed.params),
-                donate_argnums=(0,) if self.donate else (),
-                out_shardings=(
-                    placed,
-                    None,
-                    None,
-                    None,
-                ),
-            )
-        return self._compiled_on_a_mesh[structure, shardings]
-
     @functools.cached_property
-    def _compiled_on_a_mesh(self) -> dict[Any, Callable[..., Any]]:
-        return {}
-
-    @functools.cached_property
-    def _compiled(self) -> Callable[..., Any]:
-        return jax.jit(
-            functools.partial(self._handed_over, None),
-            donate_argnums=(0,) if self.donate else (),
-        )
+    def _compiled(self) -> CompiledStep:
+        return CompiledStep(self._handed_over, self.donate)
 
     def _handed_over(
         self, shardings: Any, state: TrainOpState, /, *args: Any, **kwargs: Any
     ) -> Any:
-        _check_state(state)
         with jax.named_scope(self.name or "OptimizeLoss"):
             new_state, output = self._step(state, args, kwargs, shardings)
         return new_state, output.loss, output.aux, Stacked(output.summaries)
@@ -307,6 +318,122 @@ class TrainOp:
             jax.named_scope(self.name or "OptimizeLoss"),
         ):
             return self._step(state, args, kwargs)
+
+    def apply_gradients(
+        self,
+        state: TrainOpState,
+        gradients: PyTree,
+        *,
+        loss: Scalar | None = None,
+        aux: PyTree = None,
+        model_state: PyTree = None,
+    ) -> Step:
+        """Make one step, compiled, from gradients that come from elsewhere.
+
+        For reinforcement learning, meta-learning, several losses: all that follows the
+        gradient is done as in a step of the loss, summaries included.
+
+        Args:
+            state: What :meth:`init` or the step before returned; its buffers are
+                donated.
+            gradients: A tree that holds, under the name of each trained parameter, its
+                gradient in the parameter's shape, as ``jax.grad`` gives it. What else
+                it holds is not looked at. They are taken as unscaled by a
+                ``loss_scale``.
+            loss: A real scalar for the summaries, the guard and the optimizer.
+            aux: What the update ops see as ``context.aux``; arrays.
+            model_state: The new one; ``None`` keeps that of the state.
+
+        Returns:
+            The new state and a :class:`StepOutput`, whose loss is ``loss``.
+
+        Raises:
+            ValueError: If a trained parameter has no gradient, one has another shape,
+                or the optimizer needs the loss, or the loss as a function, which a line
+                search evaluates.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, optloss
+            >>> def loss(w, x):
+            ...     return jnp.sum((w - x) ** 2)
+            >>> train_op = optloss.optimize_loss(
+            ...     loss, global_step=0, learning_rate=0.1, optimizer="sgd"
+            ... )
+            >>> state = train_op.init(jnp.array([1.0, 2.0]))
+            >>> gradients = jax.jacfwd(loss)(state.params, 0.0)
+            >>> state, output = train_op.apply_gradients(state, gradients)
+            >>> print(state.params)
+            [0.8 1.6]
+        """
+        call = "train_op.apply_gradients"
+        _check_state(state)
+        state = _with_step_as_array(state)
+        with clear_if_deleted(f"{call}(state)", state):
+            new_state, loss, aux, found = self._compiled_application(
+                state, gradients, loss, aux, model_state
+            )
+            return new_state, StepOutput(loss, aux, found.summaries())
+
+    @functools.cached_property
+    def _compiled_application(self) -> CompiledStep:
+        return CompiledStep(self._applied, self.donate)
+
+    def _applied(
+        self,
+        shardings: Any,
+        state: TrainOpState,
+        gradients: Any,
+        loss: Any,
+        aux: Any,
+        model_state: Any,
+    ) -> Any:
+        selected = self.chain.selected(state.params)
+        trained = select_leaves(state.params, selected)
+        self._check_whose(state, trained)
+        gradients = conjugate(given_gradients(gradients, trained))
+        if self.colocate_gradients_with_ops:
+            wanted = shardings and select_leaves(shardings.params, selected)
+            gradients = shard_like(gradients, trained, wanted)
+        outcome = given_outcome(loss, aux, model_state, state.model_state)
+        extra = {} if outcome.loss is None else {"value": outcome.loss}
+        with jax.named_scope(self.name or "OptimizeLoss"):
+            try:
+                new_state, output = self._advance(state, outcome, gradients, extra)
+            except TypeError as error:
+                raise missing_argument(error) from error
+        return new_state, output.loss, output.aux, Stacked(output.summaries)
+
+    def averaged(self, state: TrainOpState) -> Any:
+        """Return the parameters with the moving average of those that are trained.
+
+        Args:
+            state: What :meth:`init` or a step returned; its arrays may be traced.
+
+        Returns:
+            A tree like ``state.params``, in its dtypes, of arrays of its own, which a
+            donated step does not take.
+
+        Raises:
+            ValueError: If there is no ``moving_average``.
+
+        Example:
+            >>> import jax.numpy as jnp, optloss
+            >>> train_op = optloss.optimize_loss(
+            ...     lambda w: w**2, global_step=0, learning_rate=0.5, optimizer="sgd",
+            ...     moving_average=0.9,
+            ... )
+            >>> state = train_op.init(jnp.array(1.0))
+            >>> state, output = train_op(state)
+            >>> print(state.params, train_op.averaged(state))
+            0.0 0.1
+        """
+        _check_state(state)
+        if state.average is None:
+            raise ValueError(
+                "train_op.averaged(state): the state holds no average. Make the op "
+                "with optimize_loss(moving_average=0.999)."
+            )
+        return averaged(state.average, state.params)
 
     def evaluation_params(self, state: TrainOpState) -> Any:
         """Return the parameters to evaluate with.
@@ -345,35 +472,54 @@ class TrainOp:
         return jax.tree.map(own_copy, params)
 
     def _step(
+        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
+    ) -> Step:
+        objective = Objective(
+            loss=self.loss,
+            params=state.params,
+            model_state=state.model_state,
+            selected=self.chain.selected(state.params),
+            ops_follow=self.update_ops is not None,
+            args=args,
+            kwargs=kwargs,
+        )
+        trained = select_leaves(state.params, objective.selected)
+        self._check_whose(state, trained)
+        outcome, gradients = objective.gradient(
+            trained, self.value_and_grad, self.chain.scale(state.opt_state)
+        )
+        if self.colocate_gradients_with_ops:
+            wanted = shardings and select_leaves(shardings.params, objective.selected)
+            gradients = shard_like(gradients, trained, wanted)
+        extra = {"value": outcome.loss, "value_fn": objective.value_fn}
+        return self._advance(state, outcome, gradients, extra)
+
+    def _advance(
         self,
         state: TrainOpState,
-        args: tuple[PyTree, ...],
-        kwargs: dict[str, PyTree],
-        shardings: PyTree = None,
+        outcome: Outcome,
+        gradients: PyTree,
+        extra: dict[str, Any],
     ) -> Step:
+        """Return the state after an update by these ``gradients``."""
         selected = self.chain.selected(state.params)
         trained = select_leaves(state.params, selected)
-        self._check_whose(state, trained)
-        outcome, gradients = self._differentiate(state, trained, selected, args, kwargs)
-        if self.colocate_gradients_with_ops:
-            wanted = None if shardings is None else select_leaves(shardings, selected)
-            gradients = shard_like(gradients, trained, wanted)
-        extra = self._extra(state, outcome, gradients, args, kwargs)
+        # As JAX gives it, which is what the line searches compute with.
+        extra = {**extra, "grad": conjugate(gradients)}
+        if state.step is not None:
+            extra["step"] = state.step
         shaped, before = self.chain.before(gradients, state.opt_state, trained, extra)
         norm = self.chain.norm(shaped)
 
-        def update() -> tuple[tuple[PyTree, PyTree], ChainState]:
+        def update() -> tuple[Moved, ChainState]:
             updates, after = self.chain.after(shaped, before, trained, extra, norm)
             moved = optax.apply_updates(trained, updates)
-            params = merge_leaves(moved, state.params, selected)
-            context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
-            ops = self.update_ops or ()
-            return (moved, run_update_ops(ops, outcome.model_state, context)), after
+            return self._moved(state, outcome, moved, selected), after
 
-        def nothing() -> tuple[PyTree, PyTree]:
-            return trained, state.model_state
+        def nothing() -> Moved:
+            return Moved(trained, state.average, state.model_state)
 
-        (moved, model_state), opt_state = self.chain.guard(
+        moved, opt_state = self.chain.guard(
             state.opt_state, norm, outcome.loss, update, nothing
         )
         step = state.step
@@ -386,9 +532,30 @@ class TrainOp:
         summaries = step_summaries(
             self.asked, outcome.loss, rates, measured, state.step
         )
-        params = merge_leaves(moved, state.params, selected)
-        new_state = TrainOpState(step, params, model_state, opt_state)
+        params = merge_leaves(moved.trained, state.params, selected)
+        new_state = TrainOpState(
+            step, params, moved.model_state, opt_state, moved.average
+        )
         return new_state, StepOutput(outcome.loss, outcome.aux, summaries)
+
+    def _moved(
+        self,
+        state: TrainOpState,
+        outcome: Outcome,
+        trained: PyTree,
+        selected: list[bool],
+    ) -> "Moved":
+        """Return what follows the optimizer: projection, average and update ops."""
+        if self.projection is not None:
+            trained = run_projection(self.projection, trained)
+        average = state.average
+        if self.moving_average is not None and average is not None:
+            average = update_average(self.moving_average, average, trained, state.step)
+        params = merge_leaves(trained, state.params, selected)
+        context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
+        ops = self.update_ops or ()
+        model_state = run_update_ops(ops, outcome.model_state, context)
+        return Moved(trained, average, model_state)
 
     def _check_whose(self, state: TrainOpState, trained: PyTree) -> None:
         """Refuse a state of another op; while tracing, so at no cost to a step."""
@@ -398,50 +565,11 @@ class TrainOp:
         check_part(call, "step counter", state.step, step, ADOPT)
         if self.update_ops and state.model_state is None:
             raise part_error(call, "model_state", "none", "what update_ops work on", "")
+        average = None
+        if self.moving_average is not None:
+            average = jax.eval_shape(start_average, trained)
+        check_part(call, "moving average", state.average, average, ADOPT)
         self.chain.check(call, state.opt_state, trained, ADOPT)
-
-    def _extra(
-        self, state: TrainOpState, outcome: Outcome, gradients: Any, args: Any, kw: Any
-    ) -> dict[str, Any]:
-        """Return what the transforms may ask for besides the gradient."""
-
-        def value_fn(trained: Any, step: Any = None) -> jax.Array:
-            del step  # optax hands on all that a line search does not name
-            params = fill_masked(trained, state.params)
-            stateful = self.update_ops is not None
-            return call_loss(
-                self.loss, params, state.model_state, stateful, args, kw
-            ).loss
-
-        # As JAX gives it, which is what the line searches compute with.
-        grad = _conjugate(gradients)
-        extra = {"value": outcome.loss, "grad": grad, "value_fn": value_fn}
-        return extra if state.step is None else {**extra, "step": state.step}
-
-    def _differentiate(
-        self,
-        state: TrainOpState,
-        trained: Any,
-        selected: list[bool],
-        args: Any,
-        kw: Any,
-    ) -> tuple[Outcome, Any]:
-        def objective(trained: Any) -> tuple[jax.Array, Outcome]:
-            # Rebuilt in here, so that modules made of them belong to this trace.
-            params = merge_leaves(trained, state.params, selected)
-            model_state = jax.tree.map(lambda leaf: leaf, state.model_state)
-            outcome = call_loss(
-                self.loss, params, model_state, self.update_ops is not None, args, kw
-            )
-            return outcome.loss, outcome
-
-        (_, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
-        # JAX's gradient of a complex leaf points uphill only once it is conjugated.
-        return outcome, _conjugate(gradients)
-
-
-def _conjugate(tree: Any) -> Any:
-    return map_inexact(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, tree)
 
 
 def _check_state(state: Any) -> None:

@@ -23,6 +23,7 @@ from distributed.meshes import (
 )
 from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding, reshard
+from programs import compiled_programs
 
 import optloss
 
@@ -226,8 +227,7 @@ def test_a_mesh_of_one_device_is_a_mesh(kind):
         for x, y in make_batches(3):
             state, _ = op(state, *put((x, y), mesh, P()))
     assert shardings(state) == placed
-    compiled = op._compiled, *op._compiled_on_a_mesh.values()
-    assert sum(step._cache_size() for step in compiled) == 1
+    assert compiled_programs(op) == 1
 
 
 @KINDS
