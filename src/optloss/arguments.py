@@ -35,6 +35,7 @@ from optloss.messages import (
     quoted,
     refusal,
     short_repr,
+    takes,
 )
 from optloss.names import check_names, check_variables, leaf_names
 from optloss.optimizer_argument import (
@@ -221,6 +222,19 @@ def _check_value_and_grad(call: str, given: Given) -> None:
     value_and_grad = given["value_and_grad"]
     wanted = "a function like jax.value_and_grad"
     check_callable(call, "value_and_grad", value_and_grad, 1, wanted, more=True)
+    problem = ""
+    if not takes(value_and_grad, 1, more=True, keywords=("has_aux",)):
+        problem = (
+            f"must be {wanted}, with an argument has_aux. Pass jax.value_and_grad "
+            "itself, not what it makes of the loss."
+        )
+    elif _is_of_nnx(value_and_grad):
+        problem = (
+            "differentiates nnx modules, not trees of arrays. Use jax.value_and_grad; "
+            "optloss.integrations.nnx.optimize_loss takes the module itself."
+        )
+    if problem:
+        raise argument_error(call, "value_and_grad", value_and_grad, problem)
     if not isinstance(value_and_grad, ClippedPerExample):
         return
     reason = {
@@ -232,6 +246,11 @@ def _check_value_and_grad(call: str, given: Given) -> None:
         if given[other] is not None:
             problem = f"cannot be used together with {other}: {why}"
             raise argument_error(call, "value_and_grad", value_and_grad, problem)
+
+
+def _is_of_nnx(function: Any) -> bool:
+    module = getattr(root(function), "__module__", None) or ""
+    return module.startswith("flax.nnx")
 
 
 def _check_projection(call: str, given: Given) -> None:

@@ -197,7 +197,7 @@ def check_result(
     (loss, (new_state, aux)), gradients = result
     if not is_inexact(loss) or loss.shape != () or jnp.iscomplexobj(loss):
         raise refuse(f"returned the loss {short_repr(loss)}, which is no real scalar.")
-    new_state = like_before("value_and_grad", new_state, model_state)
+    new_state = like_before("value_and_grad returned", new_state, model_state)
     problem = _misfit(gradients, params)
     if problem:
         raise refuse(problem)

@@ -55,7 +55,7 @@ def call_loss(
             f"the loss returned {_results(len(rest) + 1)}. With a model_state it "
             "returns (loss, new_model_state) or (loss, new_model_state, aux).",
         )
-    adopted = like_before("the loss", rest[0], model_state)
+    adopted = like_before("the loss returned", rest[0], model_state)
     aux = rest[1] if len(rest) == 2 else None
     return Outcome(real_scalar(call, value), adopted, aux)
 
@@ -131,38 +131,42 @@ def run_update_ops(
     """Return ``model_state`` after each of ``ops``, in order."""
     for op in ops:
         made = op(model_state, context)
-        model_state = like_before(f"the update op {short_repr(op)}", made, model_state)
+        who = f"the update op {short_repr(op)} returned"
+        model_state = like_before(who, made, model_state)
     return model_state
 
 
-def like_before(who: str, new: Any, old: Any) -> Any:
-    """Return ``new`` in strong types; refuse another structure, shape or dtype."""
+def like_before(who: str, new: Any, old: Any, call: str = "optimize_loss") -> Any:
+    """Return ``new`` in strong types; refuse another structure, shape or dtype.
+
+    ``who`` begins the message: "the loss returned", for example.
+    """
     structure: Any = jax.tree.structure(new)
     expected: Any = jax.tree.structure(old)
     if structure != expected:
         raise refusal(
-            "optimize_loss",
-            f"{who} returned a model_state of another structure, {structure}, not "
+            call,
+            f"{who} a model_state of another structure, {structure}, not "
             f"{expected}. Return all of it, changed or not.",
         )
     paths = jax.tree_util.tree_flatten_with_path(old)[0]
     return jax.tree.unflatten(
         structure,
         [
-            _like_leaf(who, jax.tree_util.keystr(path), leaf, kept)
+            _like_leaf(call, who, jax.tree_util.keystr(path), leaf, kept)
             for leaf, (path, kept) in zip(jax.tree.leaves(new), paths, strict=True)
         ],
     )
 
 
-def _like_leaf(who: str, path: str, new: Any, old: Any) -> Any:
+def _like_leaf(call: str, who: str, path: str, new: Any, old: Any) -> Any:
     if isinstance(new, (bool, int, float, complex)):
         new = jnp.asarray(new)
     found = (getattr(new, "shape", None), getattr(new, "dtype", None))
     if found != (old.shape, old.dtype):
         raise refusal(
-            "optimize_loss",
-            f"{who} returned {short_repr(new)} for model_state{path}, which is "
+            call,
+            f"{who} {short_repr(new)} for model_state{path}, which is "
             f"{short_repr(old)}. Keep shapes and dtypes, for example with "
             ".astype(...).",
         )

@@ -15,7 +15,7 @@ import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -306,14 +306,21 @@ def signature_of(fn: Callable[..., Any]) -> str:
         return "(...)"
 
 
-def takes(fn: Callable[..., Any], arguments: int, *, more: bool = False) -> bool:
+def takes(
+    fn: Callable[..., Any],
+    arguments: int,
+    *,
+    more: bool = False,
+    keywords: Sequence[str] = (),
+) -> bool:
     """Tell whether ``fn`` can be called so, as far as its signature is known."""
     try:
         signature = inspect.signature(fn)
     except Exception:  # a builtin tells none, and what is the caller's may fail
         return True
     try:
-        (signature.bind_partial if more else signature.bind)(*range(arguments))
+        bind = signature.bind_partial if more else signature.bind
+        bind(*range(arguments), **dict.fromkeys(keywords))
     except TypeError:
         return False
     return True

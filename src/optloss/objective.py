@@ -6,12 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optloss.extra import fill_masked
 from optloss.gradients import ValueAndGrad, check_keywords, check_result
 from optloss.loss import Outcome, call_loss, like_before, real_scalar
 from optloss.loss_scale import scale_loss, unscale
-from optloss.messages import argument_error, listing, quoted, refusal, short_repr
+from optloss.messages import (
+    argument_error,
+    listing,
+    quoted,
+    refusal,
+    short_repr,
+)
 from optloss.names import leaf_names
 from optloss.trees import is_inexact, map_inexact, merge_leaves
 from optloss.typing import PyTree
@@ -89,6 +96,12 @@ def conjugate(gradients: PyTree) -> PyTree:
 APPLY = "train_op.apply_gradients"
 
 
+def only_arrays(gradients: PyTree) -> PyTree:
+    """Return a caller's tree without what a compiled function cannot be given."""
+    arrays = (jax.Array, np.ndarray, np.generic, int, float, complex)
+    return jax.tree.map(lambda g: g if isinstance(g, arrays) else None, gradients)
+
+
 def given_gradients(gradients: PyTree, trained: PyTree) -> PyTree:
     """Return the gradients of what is ``trained``, found by name in a caller's tree."""
     leaves = jax.tree.leaves(gradients)
@@ -129,7 +142,8 @@ def given_outcome(
         loss = real_scalar(APPLY, loss)
     if model_state is None:
         return Outcome(loss, old_model_state, aux)
-    return Outcome(loss, like_before(APPLY, model_state, old_model_state), aux)
+    model_state = like_before("it was given", model_state, old_model_state, APPLY)
+    return Outcome(loss, model_state, aux)
 
 
 def missing_argument(error: TypeError) -> Exception:

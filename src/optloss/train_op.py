@@ -41,6 +41,7 @@ from optloss.objective import (
     given_gradients,
     given_outcome,
     missing_argument,
+    only_arrays,
 )
 from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
@@ -370,7 +371,7 @@ class TrainOp:
         state = _with_step_as_array(state)
         with clear_if_deleted(f"{call}(state)", state):
             new_state, loss, aux, found = self._compiled_application(
-                state, gradients, loss, aux, model_state
+                state, only_arrays(gradients), loss, aux, model_state
             )
             return new_state, StepOutput(loss, aux, found.summaries())
 
