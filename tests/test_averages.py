@@ -141,7 +141,25 @@ def test_no_decay(decay):
 def test_a_decay_passes_as_it_is():
     assert check_decay("optimize_loss", None) is None
     assert check_decay("optimize_loss", 0.99) == 0.99
-    assert check_decay("optimize_loss", len) is len
+    assert check_decay("optimize_loss", jnp.tanh) is jnp.tanh
+
+
+def test_a_function_takes_the_step_and_returns_a_scalar():
+    def pair(step, other):
+        return step
+
+    def vector(step):
+        return jnp.full(3, 0.5)
+
+    for function, problem in {
+        pair: "must be a function of the step. Its signature is (step, other).",
+        vector: "must return a real scalar, returned float32[3].",
+    }.items():
+        with pytest.raises(ValueError, match=r".") as caught:
+            check_decay("optimize_loss", function)
+        assert str(caught.value) == (
+            f"optimize_loss(moving_average={function.__name__}): {problem}"
+        )
 
 
 def test_a_function_must_return_a_scalar():

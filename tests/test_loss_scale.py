@@ -145,7 +145,7 @@ MISTAKES = {
     ),
     "no interval": (
         lambda: dynamic_loss_scale(growth_interval=0),
-        "dynamic_loss_scale(growth_interval=0): must be an int >= 1 in int32.",
+        "dynamic_loss_scale(growth_interval=0): must be an int in [1, 2**31).",
     ),
     "no factor": (
         lambda: dynamic_loss_scale(factor=1.0),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optloss
 
@@ -122,6 +123,8 @@ SUMMARIES = (
 )
 PACKING = "must be an int >= 0: the largest size of a leaf to pack, 0 for none."
 BOOL = "must be True or False."
+DIFFERENTIATE = "must be a function like jax.value_and_grad"
+AVERAGE = "must be a number in [0, 1), a function of the step, or None for no average."
 
 
 def refused_values(argument, problem, *values):
@@ -466,6 +469,82 @@ REFUSED = [
         "names an axis twice.",
         (("data", "data"), "('data', 'data')"),
     ),
+    *refused_values(
+        "value_and_grad",
+        f"{DIFFERENTIATE}.",
+        (None, "None"),
+        ("jax.value_and_grad", "'jax.value_and_grad'"),
+    ),
+    *refused_values(
+        "value_and_grad",
+        f"{DIFFERENTIATE}. Its signature is ().",
+        (instance, "instance"),
+    ),
+    *refused_values(
+        "value_and_grad",
+        f"{DIFFERENTIATE}, with an argument has_aux. Pass jax.value_and_grad itself, "
+        "not what it makes of the loss.",
+        (jax.value_and_grad(loss), "loss"),
+        (rising, "rising"),
+    ),
+    *refused_values(
+        "value_and_grad",
+        "differentiates nnx modules, not trees of arrays. Use jax.value_and_grad; "
+        "optloss.integrations.nnx.optimize_loss takes the module itself.",
+        (nnx.value_and_grad, "value_and_grad"),
+    ),
+    (
+        {"value_and_grad": optloss.clip_per_example(1.0), "axis_name": "data"},
+        "value_and_grad",
+        "clip_per_example(1.0)",
+        "cannot be used together with axis_name: a mean over devices mixes their "
+        "examples. Use jit on a mesh.",
+    ),
+    (
+        {"value_and_grad": optloss.clip_per_example(1.0), "loss_scale": 8.0},
+        "value_and_grad",
+        "clip_per_example(1.0)",
+        "cannot be used together with loss_scale: it would clip scaled gradients. "
+        "Scale neither, for example in bfloat16.",
+    ),
+    *refused_values(
+        "loss_scale",
+        "must be a number > 0, dynamic_loss_scale(...) or None.",
+        (0, "0"),
+        (True, "True"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (jnp.ones(()), "float32[]"),
+        ("dynamic", "'dynamic'"),
+        (optloss.dynamic_loss_scale, "dynamic_loss_scale"),
+    ),
+    *refused_values(
+        "projection",
+        "must be a function of the trained parameters that returns such.",
+        (1.0, "1.0"),
+        ("non_negative", "'non_negative'"),
+    ),
+    *refused_values(
+        "projection",
+        "must be a function of the trained parameters that returns such. Its signature "
+        "is (rate, step).",
+        (slower, "slower"),
+    ),
+    *refused_values(
+        "moving_average",
+        AVERAGE,
+        (1.0, "1.0"),
+        (-0.1, "-0.1"),
+        (True, "True"),
+        (float("nan"), "nan"),
+        (jnp.ones(()), "float32[]"),
+        ("0.9", "'0.9'"),
+    ),
+    *refused_values(
+        "moving_average",
+        "must be a function of the step. Its signature is (rate, step).",
+        (slower, "slower"),
+    ),
 ]
 
 
@@ -566,6 +645,10 @@ WRONG = [
     ("pack_small_leaves", {"pack_small_leaves": -1}),
     ("axis_name", {"axis_name": 3, "clip_gradients": 1.0}),
     ("donate", {"donate": 1}),
+    ("value_and_grad", {"value_and_grad": None}),
+    ("loss_scale", {"loss_scale": 0}),
+    ("projection", {"projection": 1}),
+    ("moving_average", {"moving_average": 1.0}),
 ]
 
 

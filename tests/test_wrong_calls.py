@@ -358,6 +358,30 @@ def whole():
                {**takes_params, **COMMON, **ONLY_OF_THE_OP})  # fmt: skip
 
 
+def gradients():
+    whole = {*("zero", "three", "minus one", "2**31", "2**70", "10**400", "10**5000")}
+    # JAX itself has to judge a list in itself.
+    axes = {*whole, "minus 10**400", "None", "empty list", "list of None"}
+    axes |= {"cyclic list"}
+    scale = {"half", "three", "2**31", "2**70", "numpy three"}
+    yield Case("accumulate_gradients", optloss.accumulate_gradients, {"steps": 2},
+               {"steps": "int >= 1", "in_axes": axes})  # fmt: skip
+    yield Case("clip_per_example", optloss.clip_per_example, {"max_norm": 1.0},
+               {"max_norm": {*ABOVE_ZERO, "inf", "numpy inf"},
+                "batch": "int >= 1 or None", "in_axes": axes})  # fmt: skip
+    yield Case("dynamic_loss_scale", optloss.dynamic_loss_scale, {},
+               {"initial": scale - {"half"}, "growth_interval": "int in [1, 2**31)",
+                "factor": scale - {"half"},
+                "minimum": {"half", "three", "numpy three"}})  # fmt: skip
+    quick = {"learning_rate": None, "optimizer": optax.sgd(0.1)}
+    yield Case("optimize_loss", optloss.optimize_loss,
+               {"loss": loss, "global_step": 0, **quick},
+               {"value_and_grad": set(), "loss_scale": {*scale, "None"},
+                "projection": {"None", "one argument"},
+                "moving_average": {"None", "zero", "half", "one argument"}}
+               )  # fmt: skip
+
+
 def names():
     yield Case("list_optimizers", optloss.list_optimizers, {}, {"pattern": "word"})
     yield Case("register_optimizer", optloss.register_optimizer,
@@ -434,6 +458,7 @@ CASES = [
     *optimizers(),
     *transforms(),
     *whole(),
+    *gradients(),
     *names(),
     *states(),
     *integrations(),

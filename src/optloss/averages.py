@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.knobs import check_scalar
+from optloss.knobs import check_scalar, check_schedule, is_schedule
 from optloss.messages import argument_error, is_number
 from optloss.trees import (
     increment,
@@ -39,7 +39,10 @@ class AverageState(NamedTuple):
 
 def check_decay(call: str, decay: Any) -> Any:
     """Return ``decay`` unless it is no number in [0, 1), no function and not None."""
-    if decay is None or callable(decay) or (is_number(decay) and 0 <= decay < 1):
+    if is_schedule(decay):
+        check_schedule(call, "moving_average", decay)
+        return decay
+    if decay is None or (is_number(decay) and 0 <= decay < 1):
         return decay
     raise argument_error(
         call,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import argument_error, is_number
+from optloss.messages import argument_error, check_int, is_number
 from optloss.summaries import LOSS_SCALE
 from optloss.trees import accumulator_dtype, map_inexact, real_dtype
 from optloss.typing import PyTree
@@ -150,10 +150,9 @@ def dynamic_loss_scale(
     """
     call = "dynamic_loss_scale"
     _check_scale(call, "initial", initial)
-    if type(growth_interval) is not int or not 1 <= growth_interval < 2**31:
-        raise argument_error(
-            call, "growth_interval", growth_interval, "must be an int >= 1 in int32."
-        )
+    growth_interval = check_int(
+        call, "growth_interval", growth_interval, 1, "an int in [1, 2**31).", 2**31 - 1
+    )
     if not is_number(factor) or not 1 < factor <= LARGEST:
         raise argument_error(
             call,
