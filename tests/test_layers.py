@@ -21,6 +21,7 @@ HOUSE = (
     ("gradients", "histograms", "optimizers"),
     ("fast",),
     ("decays", "summaries"),
+    ("spikes",),
     ("guard",),
     ("transforms",),
     ("averages", "groups", "loss_scale", "per_example", "rates"),

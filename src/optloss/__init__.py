@@ -47,4 +47,5 @@ from optloss.transforms.multipliers import layerwise_decay as layerwise_decay
 from optloss.transforms.multipliers import multiply_gradients as multiply_gradients
 from optloss.transforms.noise import add_gradient_noise as add_gradient_noise
 from optloss.transforms.nonfinite import skip_nonfinite as skip_nonfinite
+from optloss.transforms.spikes import skip_spikes as skip_spikes
 from optloss.transforms.zclip import zclip as zclip

@@ -45,6 +45,7 @@ from optloss.optimizer_argument import (
     values_of,
 )
 from optloss.per_example import ClippedPerExample
+from optloss.spikes import as_spike_rule
 from optloss.stages import NOTHING, Stage, Stages
 from optloss.summaries import OPTIMIZER_SUMMARIES
 from optloss.transforms.clipping import clip_by_function, clip_by_global_norm
@@ -389,6 +390,7 @@ CHECKS: dict[str, Callable[[str, Given], Any]] = {
     "pack_small_leaves": check_pack_size,
     "axis_name": lambda call, given: check_axis_name(call, given["axis_name"]),
     "donate": _flag("donate"),
+    "skip_spikes": lambda call, given: as_spike_rule(call, given["skip_spikes"]),
     "value_and_grad": _check_value_and_grad,
     "loss_scale": lambda call, given: as_loss_scale(call, given["loss_scale"]),
     "projection": _check_projection,

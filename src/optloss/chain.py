@@ -27,12 +27,13 @@ from optloss.fast.packing import (
     pack_small_leaves,
     table_of,
 )
-from optloss.guard import count_skipped, is_finite, start_skipping, update_if
+from optloss.guard import judge, start_skipping, update_if
 from optloss.loss_scale import LossScale, as_loss_scale
 from optloss.mesh import AxisName
 from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
 from optloss.rates import used_rates
+from optloss.spikes import SpikeRule, as_spike_rule
 from optloss.stages import (
     ChainState,
     Extra,
@@ -77,12 +78,14 @@ class Chain:
     pack_size: int
     axis_name: AxisName
     loss_scale: LossScale | None = None
+    spikes: SpikeRule | None = None
 
     @classmethod
     def of(cls, call: str, given: Given) -> "Chain":
         """Return the chain that these arguments of ``call`` ask for."""
         stages = stages_of(call, given)
         scale = as_loss_scale(call, given.get("loss_scale"))
+        spikes = as_spike_rule(call, given["skip_spikes"])
         is_dynamic = scale is not None and scale.is_dynamic
         return cls(
             call=call,
@@ -92,7 +95,13 @@ class Chain:
             pack_size=int(given["pack_small_leaves"]),
             axis_name=given["axis_name"],
             loss_scale=scale,
+            spikes=spikes,
         )
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether an update may be skipped."""
+        return self.skip_nonfinite or self.spikes is not None
 
     def transform(self) -> Transform:
         """Return both halves and what stands between them as one transform."""
@@ -133,7 +142,7 @@ class Chain:
         table = table_of(self.layout(trained)) if self.pack_size else None
         scale = None if self.loss_scale is None else self.loss_scale.init()
         state = ChainState(noise, *after, table, *multipliers, scale)
-        return start_skipping(state) if self.skip_nonfinite else state
+        return start_skipping(state, self.spikes) if self.is_guarded else state
 
     def layout(self, trained: PyTree) -> Layout:
         """Return which leaves the optimizer's state has in which packed vector."""
@@ -192,7 +201,7 @@ class Chain:
 
     def norm(self, shaped: PyTree) -> jax.Array | None:
         """Return the norm that the guard looks at, ``None`` where there is none."""
-        if not self.skip_nonfinite:
+        if not self.is_guarded:
             return None
         if self.pack_size:  # one sum for all small leaves
             shaped = pack(shaped, layout_of(shaped, self.pack_size))
@@ -209,12 +218,12 @@ class Chain:
         """Return ``update()``, or ``nothing()`` and the old state, bit for bit."""
         if norm is None:
             return update()
-        good = is_finite(norm, loss, self.axis_name)
+        good, finite, state = judge(state, norm, loss, self.axis_name, self.spikes)
         made, inner = update_if(good, update, (nothing(), state.inner))
         if self.loss_scale is not None and inner.loss_scale is not None:
-            scale = self.loss_scale.update(state.inner.loss_scale, good)
+            scale = self.loss_scale.update(state.inner.loss_scale, finite)
             inner = inner._replace(loss_scale=scale)
-        return made, count_skipped(state, good)._replace(inner=inner)
+        return made, state._replace(inner=inner)
 
     def after(
         self,
@@ -266,7 +275,7 @@ class Chain:
         return self.loss_scale.scale(self._inner(state).loss_scale)
 
     def _inner(self, state: PyTree) -> ChainState:
-        inner: ChainState = state.inner if self.skip_nonfinite else state
+        inner: ChainState = state.inner if self.is_guarded else state
         return inner
 
     @functools.cached_property
@@ -313,6 +322,7 @@ def make_optimizer(
     seed: Any = 0,
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
+    skip_spikes: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Make the whole chain of :func:`optimize_loss` as one optax transformation.
 
@@ -343,6 +353,9 @@ def make_optimizer(
             elementwise optimizer works on it; 0 packs none.
         axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
             sharded over.
+        skip_spikes: Whether an update is skipped whose gradient, or loss, lies far
+            above those before it: the ``std_factor`` of
+            :func:`~optloss.skip_spikes`, or ``True`` for its default.
 
     Returns:
         A transform. Its ``update`` takes the extra arguments ``step=`` (the global

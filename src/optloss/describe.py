@@ -49,7 +49,9 @@ def one_line(chain: Chain, name: str, first: str, last: Sequence[str]) -> str:
         stage.text for stage in chain.stages if stage is not NOTHING and stage.text
     ]
     stages = " -> ".join([first, *texts, *last])
-    skip = " (skipped if not finite)" if chain.skip_nonfinite else ""
+    skip = " (skipped if not finite)" if chain.is_guarded else ""
+    if chain.spikes is not None:
+        skip = " (skipped if not finite or a spike)"
     return f"{name}: {stages}{skip}" if name else f"{stages}{skip}"
 
 

@@ -9,17 +9,33 @@ the old one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from optloss.mesh import AxisName, all_devices, cond_on_mesh, is_traced
-from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_TOTAL
-from optloss.trees import keep_dtypes
+from optloss.mesh import (
+    AxisName,
+    all_devices,
+    cond_on_mesh,
+    is_traced,
+    mean_of_devices,
+)
+from optloss.norms import global_norm
+from optloss.spikes import Levels, SpikeRule
+from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_SPIKES, SKIPPED_TOTAL
+from optloss.trees import (
+    inexact_only,
+    is_inexact,
+    keep_dtypes,
+    merge_leaves,
+    negative_zeros,
+)
 from optloss.typing import PyTree
 
 T = TypeVar("T")
+State = TypeVar("State", bound="GuardState")
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -34,13 +50,63 @@ class SkipNonfiniteState(NamedTuple):
         return {SKIPPED_TOTAL: self.total, SKIPPED_CONSECUTIVE: self.consecutive}
 
 
-def start_skipping(inner: PyTree) -> SkipNonfiniteState:
+class SkipSpikesState(NamedTuple):
+    """How many updates were skipped, what they were like, and what is guarded."""
+
+    total: jax.Array  # int32 [], skipped updates so far
+    consecutive: jax.Array  # int32 [], skipped since the last that was not
+    spikes: jax.Array  # int32 [], those of the total that were finite
+    levels: Levels
+    inner: PyTree
+
+    def measurements(self) -> dict[str, jax.Array]:
+        """Return the scalars to publish, by their summary tags."""
+        return {
+            SKIPPED_TOTAL: self.total,
+            SKIPPED_CONSECUTIVE: self.consecutive,
+            SKIPPED_SPIKES: self.spikes,
+        }
+
+
+GuardState: TypeAlias = SkipNonfiniteState | SkipSpikesState
+
+
+def start_skipping(inner: PyTree, rule: SpikeRule | None = None) -> GuardState:
     """Return the state before the first update around the state ``inner``."""
-    return SkipNonfiniteState(
-        total=jnp.zeros((), jnp.int32),
-        consecutive=jnp.zeros((), jnp.int32),
-        inner=inner,
+    total, consecutive, spikes = (jnp.zeros((), jnp.int32) for _ in range(3))
+    if rule is None:
+        return SkipNonfiniteState(total, consecutive, inner)
+    return SkipSpikesState(total, consecutive, spikes, rule.start(), inner)
+
+
+class Verdict(NamedTuple):
+    """What is to become of an update."""
+
+    good: jax.Array  # bool [], whether it is made
+    finite: jax.Array  # bool []
+    state: Any  # the guard's, with its counters moved on
+
+
+def judge(
+    state: GuardState,
+    norm: jax.Array,
+    loss: jax.Array | None,
+    axis_name: AxisName,
+    rule: SpikeRule | None = None,
+) -> Verdict:
+    """Judge an update by the norm of its gradient and, where it is known, the loss."""
+    finite = is_finite(norm, loss, axis_name)
+    if rule is None or isinstance(state, SkipNonfiniteState):
+        return Verdict(finite, finite, count_skipped(state, finite))
+    if loss is not None:
+        loss = mean_of_devices(loss, axis_name)
+    spike = rule.is_spike(state.levels, norm, loss)
+    counted: SkipSpikesState = count_skipped(state, finite & ~spike)
+    counted = counted._replace(
+        spikes=state.spikes + (finite & spike),
+        levels=rule.after(state.levels, norm, loss, finite, spike),
     )
+    return Verdict(finite & ~spike, finite, counted)
 
 
 def is_finite(
@@ -53,7 +119,7 @@ def is_finite(
     return finite & all_devices(jnp.isfinite(loss), axis_name)
 
 
-def count_skipped(state: SkipNonfiniteState, good: jax.Array) -> SkipNonfiniteState:
+def count_skipped(state: State, good: jax.Array) -> State:
     """Return ``state`` with its counters moved on."""
     skipped = jnp.logical_not(good)
     return state._replace(
@@ -86,3 +152,42 @@ def update_if(good: jax.Array, update: Callable[[], T], old: T) -> T:
 
     chosen: T = jax.lax.platform_dependent(cpu=branch, default=selection)
     return chosen
+
+
+def guarded(
+    inner: optax.GradientTransformation,
+    axis_name: AxisName,
+    rule: SpikeRule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Return ``inner`` behind a guard, which sees the loss as ``value``."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> GuardState:
+        return start_skipping(inner.init(inexact_only(params)), rule)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        value: jax.Array | None = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PyTree]:
+        gradients, trained = inexact_only(updates), inexact_only(params)
+        if value is not None:
+            extra["value"] = value
+
+        def updated() -> tuple[PyTree, PyTree]:
+            made: tuple[PyTree, PyTree] = inner.update(
+                gradients, state.inner, trained, **extra
+            )
+            return made
+
+        norm = global_norm(gradients, axis_name=axis_name)
+        good, _, counted = judge(state, norm, value, axis_name, rule)
+        nothing = negative_zeros(jax.eval_shape(updated)[0], gradients)
+        made, after = update_if(good, updated, (nothing, state.inner))
+        selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
+        return merge_leaves(made, updates, selected), counted._replace(inner=after)
+
+    return optax.GradientTransformationExtraArgs(init, update)

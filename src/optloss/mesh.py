@@ -143,6 +143,13 @@ def all_devices(holds: jax.Array, axis_name: AxisName) -> jax.Array:
     return refusals == 0
 
 
+def mean_of_devices(value: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Return the mean of ``value`` over the devices along ``axis_name``."""
+    over = varying_axes(value, axes_of(axis_name))
+    mean: jax.Array = jax.lax.pmean(value, over) if over else value
+    return mean
+
+
 def cond_on_mesh(
     pred: jax.Array, on_true: Callable[[], Any], on_false: Callable[[], Any]
 ) -> Any:

@@ -38,6 +38,7 @@ def optimize_loss(
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
     donate: bool = True,
+    skip_spikes: float | None = None,
     value_and_grad: ValueAndGrad = jax.value_and_grad,
     loss_scale: float | LossScale | None = None,
     projection: Callable[[PyTree], PyTree] | None = None,
@@ -104,6 +105,9 @@ def optimize_loss(
         axis_name: For ``train_op.update`` under ``shard_map`` or ``pmap``: the mesh
             axes. Gradients are not reduced; the loss returns its ``jax.lax.pmean``.
         donate: Whether ``train_op(state, ...)`` donates the buffers of the state.
+        skip_spikes: Whether a step whose loss or gradient lies far above those before
+            it is skipped: the ``std_factor`` of :func:`~optloss.skip_spikes`, or
+            ``True`` for its default.
         value_and_grad: How the loss is differentiated: a function like
             ``jax.value_and_grad``, such as :func:`accumulate_gradients` or
             :func:`clip_per_example`.

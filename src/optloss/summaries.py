@@ -34,6 +34,7 @@ ADAPTIVE_SQ_MEAN = "adaptive/sq_mean"
 NOISE_STD = "noise_std"
 SKIPPED_TOTAL = "skipped/total"
 SKIPPED_CONSECUTIVE = "skipped/consecutive"
+SKIPPED_SPIKES = "skipped/spikes"
 LOSS_SCALE = "loss_scale"
 
 OPTIMIZER_SUMMARIES = (

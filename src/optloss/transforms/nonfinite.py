@@ -1,26 +1,11 @@
 """Skipping updates whose loss or gradient is not finite."""
 
-import jax
 import optax
 
-from optloss.guard import (
-    SkipNonfiniteState,
-    count_skipped,
-    is_finite,
-    start_skipping,
-    update_if,
-)
+from optloss.guard import guarded
 from optloss.mesh import AxisName
 from optloss.messages import argument_error, check_axis_name
-from optloss.norms import global_norm
-from optloss.trees import (
-    inexact_only,
-    is_inexact,
-    is_transformation,
-    merge_leaves,
-    negative_zeros,
-)
-from optloss.typing import PyTree
+from optloss.trees import is_transformation
 
 
 def skip_nonfinite(
@@ -70,35 +55,4 @@ def skip_nonfinite(
             "skip_nonfinite", "inner", inner, "must be an optax transformation."
         )
     check_axis_name("skip_nonfinite", axis_name)
-    inner = optax.with_extra_args_support(inner)
-
-    def init(params: optax.Params) -> SkipNonfiniteState:
-        return start_skipping(inner.init(inexact_only(params)))
-
-    def update(
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree = None,
-        *,
-        value: jax.Array | None = None,
-        **extra: PyTree,
-    ) -> tuple[PyTree, PyTree]:
-        gradients, trained = inexact_only(updates), inexact_only(params)
-        if value is not None:
-            extra["value"] = value
-
-        def updated() -> tuple[PyTree, PyTree]:
-            made: tuple[PyTree, PyTree] = inner.update(
-                gradients, state.inner, trained, **extra
-            )
-            return made
-
-        norm = global_norm(gradients, axis_name=axis_name)
-        good = is_finite(norm, value, axis_name)
-        nothing = negative_zeros(jax.eval_shape(updated)[0], gradients)
-        made, after = update_if(good, updated, (nothing, state.inner))
-        new_state = count_skipped(state, good)._replace(inner=after)
-        selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
-        return merge_leaves(made, updates, selected), new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return guarded(inner, axis_name)

@@ -1,0 +1,134 @@
+"""What counts as a spike: far above the running mean of what came before.
+
+The norm of the gradient is judged by its logarithm, since norms differ by factors; the
+loss is judged as it is. Only a rise is a spike.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optloss.messages import argument_error, is_number
+from optloss.trees import increment
+
+LEAST_LOG_DEVIATION = 0.1  # of the logarithm of the norm: about 10 % of the norm
+LEAST_DEVIATION = 0.01  # of the loss, as a share of its mean
+STD_FACTOR = 6.0
+
+
+class Level(NamedTuple):
+    """Running mean and variance of what was observed."""
+
+    observed: jax.Array  # int32 []
+    mean: jax.Array  # float32 []
+    variance: jax.Array  # float32 []
+
+
+class Levels(NamedTuple):
+    """What the updates so far were like."""
+
+    log_norm: Level
+    loss: Level
+    in_a_row: jax.Array  # int32 [], updates skipped as spikes since the last made
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikeRule:
+    """When an update is skipped as a spike."""
+
+    std_factor: float
+    decay: float = 0.98
+    warmup: int = 100
+    patience: int = 20
+
+    def start(self) -> Levels:
+        """Return the levels before the first update."""
+
+        def level() -> Level:
+            return Level(
+                observed=jnp.zeros((), jnp.int32),
+                mean=jnp.zeros((), jnp.float32),
+                variance=jnp.zeros((), jnp.float32),
+            )
+
+        return Levels(level(), level(), in_a_row=jnp.zeros((), jnp.int32))
+
+    def is_spike(
+        self, levels: Levels, norm: jax.Array, loss: jax.Array | None
+    ) -> jax.Array:
+        """Tell whether one of the two, both finite, lies far above its level."""
+        log_norm = jnp.log(norm.astype(jnp.float32))
+        spike = self._far_above(levels.log_norm, log_norm, LEAST_LOG_DEVIATION)
+        if loss is None:
+            return spike
+        least = LEAST_DEVIATION * jnp.abs(levels.loss.mean)
+        return spike | self._far_above(levels.loss, loss.astype(jnp.float32), least)
+
+    def after(
+        self,
+        levels: Levels,
+        norm: jax.Array,
+        loss: jax.Array | None,
+        finite: jax.Array,
+        spike: jax.Array,
+    ) -> Levels:
+        """Return the levels after an update: what is skipped enters none."""
+        made = finite & ~spike
+        # The logarithm of a norm of zero is infinite: it is not observed.
+        seen = made & (norm > 0)
+        log_norm = jnp.log(jnp.where(seen, norm, 1).astype(jnp.float32))
+        followed = levels._replace(
+            log_norm=self._follow(levels.log_norm, log_norm, seen)
+        )
+        if loss is not None:
+            value = jnp.where(made, loss, 0).astype(jnp.float32)
+            followed = followed._replace(loss=self._follow(levels.loss, value, made))
+        skipped = levels.in_a_row + (finite & spike)
+        in_a_row = jnp.where(made, 0, skipped)
+        # A rise that lasts is the new level.
+        gives_in = in_a_row >= self.patience
+        now: Levels = jax.tree.map(
+            lambda fresh, kept: jnp.where(gives_in, fresh, kept),
+            self.start(),
+            followed._replace(in_a_row=in_a_row),
+        )
+        return now
+
+    def _far_above(
+        self, level: Level, value: jax.Array, least: float | jax.Array
+    ) -> jax.Array:
+        deviation = jnp.maximum(jnp.sqrt(level.variance), least)
+        is_known = level.observed >= self.warmup
+        return is_known & (value > level.mean + self.std_factor * deviation)
+
+    def _follow(self, level: Level, value: jax.Array, seen: jax.Array) -> Level:
+        n = level.observed.astype(jnp.float32)
+        decay = jnp.minimum(self.decay, n / (n + 1))
+        ahead = value - level.mean
+        followed = Level(
+            observed=increment(level.observed),
+            mean=level.mean + (1 - decay) * ahead,
+            variance=decay * (level.variance + (1 - decay) * ahead**2),
+        )
+        chosen: Level = jax.tree.map(
+            lambda new, old: jnp.where(seen, new, old), followed, level
+        )
+        return chosen
+
+
+def as_spike_rule(call: str, value: Any) -> SpikeRule | None:
+    """Return the rule that the argument ``skip_spikes`` asks for."""
+    if value is None:
+        return None
+    factor = STD_FACTOR if value is True else value
+    if factor is False or not is_number(factor) or not 0 < factor < float("inf"):
+        raise argument_error(
+            call,
+            "skip_spikes",
+            value,
+            "must be a real number > 0 (standard deviations), True for "
+            f"{STD_FACTOR:g}, or None.",
+        )
+    return SpikeRule(float(factor))
