@@ -54,6 +54,7 @@ TRANSFORMS = {
     "injected adam": part(optloss.inject_learning_rate, optax.adam, 0.1),
     "injected ftrl": part(optloss.inject_learning_rate, tensorflow.ftrl, 0.1),
     "guard": part(optloss.skip_nonfinite, optax.sgd(0.1, momentum=0.9)),
+    "spikes": part(optloss.skip_spikes, optax.sgd(0.1, momentum=0.9), warmup=1),
     "everything": everything,
     "everything packed": part(everything, pack_small_leaves=4),
 }

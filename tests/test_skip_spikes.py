@@ -292,10 +292,10 @@ def test_what_is_no_factor(value):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"std_factor": 0}, "std_factor=0): must be a finite real number > 0."),
-        ({"decay": 1.0}, "decay=1.0): must be a number in [0, 1)."),
-        ({"warmup": -1}, "warmup=-1): must be an int >= 0, the updates to observe"),
-        ({"patience": 0}, "patience=0): must be an int >= 1, spikes in a row."),
+        ({"std_factor": 0}, "std_factor=0): must be a finite real number > 0 or a 0-d"),
+        ({"decay": 1.0}, "decay=1.0): must be a real number in [0, 1) or a 0-d"),
+        ({"warmup": 0}, "warmup=0): must be a whole number >= 1 or a 0-d array."),
+        ({"patience": 1.5}, "patience=1.5): must be a whole number >= 1 or a 0-d"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optloss.messages import argument_error, is_number
 from optloss.trees import increment
+from optloss.typing import Scalar
 
 LEAST_LOG_DEVIATION = 0.1  # of the logarithm of the norm: about 10 % of the norm
 LEAST_DEVIATION = 0.01  # of the loss, as a share of its mean
@@ -38,10 +39,10 @@ class Levels(NamedTuple):
 class SpikeRule:
     """When an update is skipped as a spike."""
 
-    std_factor: float
-    decay: float = 0.98
-    warmup: int = 100
-    patience: int = 20
+    std_factor: Scalar
+    decay: Scalar = 0.98
+    warmup: Scalar = 100
+    patience: Scalar = 20
 
     def start(self) -> Levels:
         """Return the levels before the first update."""

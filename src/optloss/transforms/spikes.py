@@ -4,23 +4,19 @@ import optax
 
 from optloss.guard import guarded
 from optloss.mesh import AxisName
-from optloss.messages import (
-    argument_error,
-    check_axis_name,
-    check_int,
-    check_number,
-)
+from optloss.messages import argument_error, check_axis_name, check_number
 from optloss.spikes import STD_FACTOR, SpikeRule
 from optloss.trees import is_transformation
+from optloss.typing import Scalar
 
 
 def skip_spikes(
     inner: optax.GradientTransformation,
-    std_factor: float = STD_FACTOR,
+    std_factor: Scalar = STD_FACTOR,
     *,
-    decay: float = 0.98,
-    warmup: int = 100,
-    patience: int = 20,
+    decay: Scalar = 0.98,
+    warmup: Scalar = 100,
+    patience: Scalar = 20,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skip each update whose loss or gradient norm lies far above those before it.
@@ -40,7 +36,7 @@ def skip_spikes(
     Args:
         inner: The transform to guard: an optimizer, or a whole chain.
         std_factor: Standard deviations above the mean from which on an update is
-            skipped.
+            skipped. It and the numbers below may be traced.
         decay: Decay :math:`d` of the running means, in [0, 1).
         warmup: Updates to observe before any is skipped as a spike.
         patience: Spikes in a row after which means and deviations start afresh: a rise
@@ -77,13 +73,29 @@ def skip_spikes(
         "std_factor",
         std_factor,
         lambda number: 0 < number < float("inf"),
-        "a finite real number > 0.",
+        "a finite real number > 0 or a 0-d array.",
     )
     check_number(
-        call, "decay", decay, lambda number: 0 <= number < 1, "a number in [0, 1)."
+        call,
+        "decay",
+        decay,
+        lambda number: 0 <= number < 1,
+        "a real number in [0, 1) or a 0-d array. 0.98 averages over some 50 updates.",
     )
-    check_int(call, "warmup", warmup, 0, "an int >= 0, the updates to observe first.")
-    check_int(call, "patience", patience, 1, "an int >= 1, spikes in a row.")
+    check_number(
+        call,
+        "warmup",
+        warmup,
+        lambda number: number >= 1 and number % 1 == 0,
+        "a whole number >= 1 or a 0-d array.",
+    )
+    check_number(
+        call,
+        "patience",
+        patience,
+        lambda number: number >= 1 and number % 1 == 0,
+        "a whole number >= 1 or a 0-d array.",
+    )
     check_axis_name(call, axis_name)
     rule = SpikeRule(std_factor, decay, warmup, patience)
     return guarded(inner, axis_name, rule)
