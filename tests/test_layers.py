@@ -29,6 +29,7 @@ HOUSE = (
     ("state_check", "state_nodes"),
     ("adopt", "optimizer_argument"),
     ("arguments",),
+    ("chain_start",),
     ("chain",),
     ("describe", "evaluation"),
     ("train_op",),

@@ -1,7 +1,6 @@
 """A complete, jit-compiled training step for JAX in one call, of optax parts."""
 
 from optloss.adopt import carry_over as carry_over
-from optloss.chain import make_optimizer as make_optimizer
 from optloss.decays import cosine_decay as cosine_decay
 from optloss.decays import cosine_decay_restarts as cosine_decay_restarts
 from optloss.decays import exponential_decay as exponential_decay
@@ -18,6 +17,7 @@ from optloss.histograms import Histogram as Histogram
 from optloss.histograms import histogram as histogram
 from optloss.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optloss.norms import global_norm as global_norm
+from optloss.optimize import make_optimizer as make_optimizer
 from optloss.optimize import optimize_loss as optimize_loss
 from optloss.optimizers.registry import list_optimizers as list_optimizers
 from optloss.optimizers.registry import register_optimizer as register_optimizer

@@ -10,48 +10,35 @@ runs the halves itself, since what it guards is more than the chain.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from optloss.arguments import Given, as_arrays, stages_of
-from optloss.extra import fill_masked
+from optloss.arguments import Given
+from optloss.chain_start import ChainStart
+from optloss.extra import about_trained
 from optloss.fast.packing import (
-    Layout,
     layout_of,
     pack,
-    pack_small_leaves,
-    table_of,
 )
-from optloss.guard import judge, start_skipping, update_if
-from optloss.loss_scale import LossScale, as_loss_scale
+from optloss.guard import judge, update_if
 from optloss.mesh import AxisName
-from optloss.names import first_match, leaf_names, select
 from optloss.norms import global_norm
 from optloss.rates import used_rates
-from optloss.spikes import SpikeRule, as_spike_rule
 from optloss.stages import (
     ChainState,
     Extra,
-    Stages,
-    in_turn,
-    looks_at_leaves,
     offers_norms,
     run,
     run_clip,
 )
-from optloss.state_check import check_state
 from optloss.summaries import Measured
-from optloss.transforms.multipliers import start_multiplying
 from optloss.trees import (
     keep_dtypes,
     merge_leaves,
     negative_zeros,
-    own_copies,
     select_leaves,
 )
 from optloss.typing import PyTree
@@ -71,117 +58,32 @@ class Chain:
     not trained.
     """
 
-    call: str
-    stages: Stages
-    variables: Any
-    skip_nonfinite: bool
-    pack_size: int
+    start: ChainStart
     axis_name: AxisName
-    loss_scale: LossScale | None = None
-    spikes: SpikeRule | None = None
 
     @classmethod
     def of(cls, call: str, given: Given) -> "Chain":
         """Return the chain that these arguments of ``call`` ask for."""
-        stages = stages_of(call, given)
-        scale = as_loss_scale(call, given.get("loss_scale"))
-        spikes = as_spike_rule(call, given["skip_spikes"])
-        is_dynamic = scale is not None and scale.is_dynamic
-        return cls(
-            call=call,
-            stages=stages,
-            variables=given["variables"],
-            skip_nonfinite=given["skip_nonfinite"] or is_dynamic,
-            pack_size=int(given["pack_small_leaves"]),
-            axis_name=given["axis_name"],
-            loss_scale=scale,
-            spikes=spikes,
-        )
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether an update may be skipped."""
-        return self.skip_nonfinite or self.spikes is not None
+        return cls(ChainStart.of(call, given), given["axis_name"])
 
     def transform(self) -> Transform:
         """Return both halves and what stands between them as one transform."""
-        return Transform(self.init, self._update)
-
-    def selected(self, params: PyTree) -> list[bool]:
-        """Return, for each leaf of ``params``, whether it is trained."""
-        return select(self.call, self.variables, params)
-
-    def init(self, params: PyTree) -> PyTree:
-        """Return the state for ``params``, with all names and patterns checked.
-
-        An optimizer may keep the starting weights, one array twice, or an array of the
-        caller's. The state holds copies, so that donating it takes nothing of theirs.
-        """
-        leaves, structure = jax.tree.flatten(self._named_start(params))
-        return jax.tree.unflatten(structure, own_copies(leaves))
-
-    def _named_start(self, params: PyTree) -> PyTree:
-        params = as_arrays(self.call, params)
-        names = leaf_names(params)
-        # Without leaves it is a placeholder for parameters, or nothing is trained.
-        for stage in (self.stages.multipliers, self.stages.rate_multipliers):
-            where = f"{self.call}, {stage.scope}"
-            first_match(where, tuple(stage.rules), names, check=bool(names))
-        trained = select_leaves(params, self.selected(params))
-        if self.stages.optimizer.groups is not None and names:
-            self.stages.optimizer.groups.check(names, leaf_names(trained))
-        return self._start(trained)
-
-    def _start(self, trained: PyTree) -> PyTree:
-        noise = self.stages.noise.transform.init(trained)
-        multipliers = [
-            start_multiplying(stage.rules)
-            for stage in (self.stages.multipliers, self.stages.rate_multipliers)
-        ]
-        after: PyTree = self._clip_and_optimizer.init(trained)
-        table = table_of(self.layout(trained)) if self.pack_size else None
-        scale = None if self.loss_scale is None else self.loss_scale.init()
-        state = ChainState(noise, *after, table, *multipliers, scale)
-        return start_skipping(state, self.spikes) if self.is_guarded else state
-
-    def layout(self, trained: PyTree) -> Layout:
-        """Return which leaves the optimizer's state has in which packed vector."""
-        groups = self.stages.optimizer.groups
-        if not self.pack_size:
-            return Layout({})
-        if groups is not None:
-            return groups.layout(trained, self.pack_size)
-        return layout_of(trained, self.pack_size)
-
-    def check(self, call: str, state: PyTree, trained: PyTree, cure: str) -> None:
-        """Refuse, in the words of ``call``, a state of another chain or parameters.
-
-        Only shapes are looked at, and those of one structure once.
-        """
-        shapes = tuple(map(jnp.shape, jax.tree.leaves((state, trained))))
-        seen = jax.tree.structure((state, trained)), shapes
-        if seen not in self._checked:
-            check_state(call, state, self._start, trained, cure)
-            self._checked.add(seen)
-
-    @functools.cached_property
-    def _checked(self) -> set[Any]:
-        return set()
+        return Transform(self.start.init, self._update)
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
     ) -> tuple[PyTree, PyTree]:
-        selected = self.selected(updates)
+        selected = self.start.selected(updates)
         gradients = select_leaves(updates, selected)
         trained = None if params is None else select_leaves(params, selected)
         like = gradients if trained is None else trained
-        self.check("update(state)", state, like, CARRY_OVER)
-        extra = {**_of_trained(extra, selected, params)}
+        self.start.check("update(state)", state, like, CARRY_OVER)
+        extra = about_trained(extra, selected, params)
         shaped, after_noise = self.before(gradients, state, trained, extra)
-        norm = self.norm(shaped)
+        ready, norm = self.ready(shaped, trained)
 
         def update() -> tuple[PyTree, ChainState]:
-            return self.after(shaped, after_noise, trained, extra, norm)
+            return self.after(ready, after_noise, trained, extra, norm)
 
         def nothing() -> PyTree:
             return negative_zeros(jax.eval_shape(update)[0], gradients)
@@ -194,18 +96,21 @@ class Chain:
     ) -> tuple[PyTree, ChainState]:
         """Add noise and multiply: the first half."""
         inner = self._inner(state)
-        noise, multipliers = self.stages.noise, self.stages.multipliers
+        noise, multipliers = self.start.stages.noise, self.start.stages.multipliers
         noisy, after = run(noise, gradients, inner.noise, params, extra)
         shaped, counted = run(multipliers, noisy, inner.multipliers, params, extra)
         return shaped, inner._replace(noise=after, multipliers=counted)
 
-    def norm(self, shaped: PyTree) -> jax.Array | None:
-        """Return the norm that the guard looks at, ``None`` where there is none."""
-        if not self.is_guarded:
-            return None
-        if self.pack_size:  # one sum for all small leaves
-            shaped = pack(shaped, layout_of(shaped, self.pack_size))
-        return global_norm(shaped, axis_name=self.axis_name)
+    def ready(self, shaped: PyTree, params: PyTree) -> tuple[PyTree, jax.Array | None]:
+        """Return what the second half takes, and the norm that the guard looks at."""
+        if not self.start.is_guarded:
+            return shaped, None
+        # Packed once, it is measured and, where the clip is packed too, optimized.
+        like = shaped if params is None else params
+        packed = pack(shaped, layout_of(like, self.start.pack_size))
+        norm = global_norm(packed, axis_name=self.axis_name)
+        stays_packed = self.start.packs_all and params is not None
+        return (packed if stays_packed else shaped), norm
 
     def guard(
         self,
@@ -218,10 +123,11 @@ class Chain:
         """Return ``update()``, or ``nothing()`` and the old state, bit for bit."""
         if norm is None:
             return update()
-        good, finite, state = judge(state, norm, loss, self.axis_name, self.spikes)
+        rule = self.start.spikes
+        good, finite, state = judge(state, norm, loss, self.axis_name, rule)
         made, inner = update_if(good, update, (nothing(), state.inner))
-        if self.loss_scale is not None and inner.loss_scale is not None:
-            scale = self.loss_scale.update(state.inner.loss_scale, finite)
+        if self.start.loss_scale is not None and inner.loss_scale is not None:
+            scale = self.start.loss_scale.update(state.inner.loss_scale, finite)
             inner = inner._replace(loss_scale=scale)
         return made, state._replace(inner=inner)
 
@@ -235,11 +141,11 @@ class Chain:
     ) -> tuple[PyTree, ChainState]:
         """Clip, optimize and multiply: the second half."""
         both: PyTree = (state.clip, state.optimizer)
-        updates, both = self._clip_and_optimizer.update(
+        updates, both = self.start.clip_and_optimizer.update(
             shaped, both, params, gradient_norm=norm, **extra
         )
         clip, optimizer = both
-        multipliers, before = self.stages.rate_multipliers, state.rate_multipliers
+        multipliers, before = self.start.stages.rate_multipliers, state.rate_multipliers
         updates, counted = run(multipliers, updates, before, params, extra)
         optimizer = keep_dtypes(optimizer, state.optimizer)
         after = state._replace(clip=clip, optimizer=optimizer, rate_multipliers=counted)
@@ -257,7 +163,7 @@ class Chain:
 
         XLA merges this clip with the one of :meth:`after`.
         """
-        clip = self.stages.clip
+        clip = self.start.stages.clip
         clipped, seen = run_clip(clip, shaped, state.clip, params, extra, norm)
         if not offers_norms(seen):
             return Measured(shaped, clipped, norm, None, uniform=False)
@@ -270,114 +176,10 @@ class Chain:
 
     def scale(self, state: PyTree) -> jax.Array | None:
         """Return what the loss is multiplied by, ``None`` without a loss scale."""
-        if self.loss_scale is None:
+        if self.start.loss_scale is None:
             return None
-        return self.loss_scale.scale(self._inner(state).loss_scale)
+        return self.start.loss_scale.scale(self._inner(state).loss_scale)
 
     def _inner(self, state: PyTree) -> ChainState:
-        inner: ChainState = state.inner if self.is_guarded else state
+        inner: ChainState = state.inner if self.start.is_guarded else state
         return inner
-
-    @functools.cached_property
-    def _clip_and_optimizer(self) -> Transform:
-        clip, optimizer = self.stages.clip, self.stages.optimizer
-        if not self.pack_size:
-            return in_turn(clip, optimizer)
-        if optimizer.groups is not None:
-            packed = optimizer.groups.transform(self.pack_size)
-            return in_turn(clip, optimizer._replace(transform=packed))
-        if looks_at_leaves(clip):
-            packed = pack_small_leaves(optimizer.transform, self.pack_size)
-            return in_turn(clip, optimizer._replace(transform=packed))
-        return pack_small_leaves(in_turn(clip, optimizer), self.pack_size)
-
-
-def _of_trained(extra: Extra, selected: list[bool], params: PyTree) -> Extra:
-    """Return extra arguments about all parameters as ones about those trained."""
-    made = dict(extra)
-    if extra.get("grad") is not None:
-        made["grad"] = select_leaves(extra["grad"], selected)
-    if extra.get("value_fn") is not None:
-        given = extra["value_fn"]
-
-        def value_fn(trained: PyTree, **others: PyTree) -> jax.Array:
-            value: jax.Array = given(fill_masked(trained, params), **others)
-            return value
-
-        made["value_fn"] = functools.update_wrapper(value_fn, given)
-    return made
-
-
-def make_optimizer(
-    learning_rate: Any,
-    optimizer: Any,
-    *,
-    gradient_noise_scale: Any = None,
-    gradient_multipliers: Any = None,
-    clip_gradients: Any = None,
-    learning_rate_decay_fn: Any = None,
-    learning_rate_multipliers: Any = None,
-    variables: Any = None,
-    skip_nonfinite: bool = False,
-    seed: Any = 0,
-    pack_small_leaves: int = 0,
-    axis_name: AxisName = None,
-    skip_spikes: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Make the whole chain of :func:`optimize_loss` as one optax transformation.
-
-    It is what goes into a Flax ``TrainState``, an ``nnx.Optimizer`` or a loop of your
-    own: noise, multipliers, clip, optimizer at the decayed rate, rate multipliers.
-
-    Args:
-        learning_rate: A number, a 0-d array, a schedule, or ``None`` with an optimizer
-            that brings its own; or a mapping from names or patterns to such.
-        optimizer: A name, a function of the learning rate, a class, an instance, or a
-            function without arguments, or a mapping from names or patterns to such;
-            see :func:`optimize_loss`.
-        gradient_noise_scale: Standard deviation of Gaussian noise, a function of the
-            step, or a transformation.
-        gradient_multipliers: Maps names or patterns to factors of the gradient. Adam,
-            Adagrad and RMSProp nearly undo them.
-        clip_gradients: Largest global norm, a transformation such as
-            :func:`adaptive_clipping`, or a function of ``(gradient, variable)`` pairs.
-        learning_rate_decay_fn: ``fn(learning_rate, step) -> rate``.
-        learning_rate_multipliers: Maps names or patterns to factors of the update.
-        variables: Which parameters are trained: names or patterns, a predicate
-            ``(name, leaf) -> bool`` or a tree of bools. The updates of the others are
-            negative zeros, which leave them bit for bit.
-        skip_nonfinite: Whether an update whose gradient holds NaN or infinity is
-            skipped. The loss is judged, too, if ``value=loss`` is passed to ``update``.
-        seed: Where the noise starts: an int or a JAX key.
-        pack_small_leaves: Largest size of a leaf that is packed with its like while an
-            elementwise optimizer works on it; 0 packs none.
-        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
-            sharded over.
-        skip_spikes: Whether an update is skipped whose gradient, or loss, lies far
-            above those before it: the ``std_factor`` of
-            :func:`~optloss.skip_spikes`, or ``True`` for its default.
-
-    Returns:
-        A transform. Its ``update`` takes the extra arguments ``step=`` (the global
-        step, which annealing, warm-up and decay read; without it each counts for
-        itself), ``value=`` (the loss), and for line searches ``grad=`` and
-        ``value_fn=``, the loss as a function of the parameters. Updates keep shape
-        ``[*shape]``; they may be float32 for half-precision leaves until they are
-        applied.
-
-    Raises:
-        ValueError: As :func:`optimize_loss` for the same arguments.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> tx = make_optimizer(0.1, "SGD", clip_gradients=1.0)
-        >>> params = {"w": jnp.array([3.0, 4.0])}
-        >>> updates, state = tx.update(params, tx.init(params), params)
-        >>> print(optax.apply_updates(params, updates)["w"])
-        [2.94 3.92]
-
-    See also:
-        :func:`optimize_loss`, :func:`set_learning_rate`, :func:`get_summaries`.
-    """
-    given = locals()
-    return Chain.of("make_optimizer", given).transform()

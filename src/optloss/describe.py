@@ -45,30 +45,29 @@ class Row(NamedTuple):
 
 def one_line(chain: Chain, name: str, first: str, last: Sequence[str]) -> str:
     """Return the pipeline in order, with what comes before and after the chain."""
-    texts = [
-        stage.text for stage in chain.stages if stage is not NOTHING and stage.text
-    ]
-    stages = " -> ".join([first, *texts, *last])
-    skip = " (skipped if not finite)" if chain.is_guarded else ""
-    if chain.spikes is not None:
+    stages = chain.start.stages
+    texts = [stage.text for stage in stages if stage is not NOTHING and stage.text]
+    line = " -> ".join([first, *texts, *last])
+    skip = " (skipped if not finite)" if chain.start.is_guarded else ""
+    if chain.start.spikes is not None:
         skip = " (skipped if not finite or a spike)"
-    return f"{name}: {stages}{skip}" if name else f"{stages}{skip}"
+    return f"{name}: {line}{skip}" if name else f"{line}{skip}"
 
 
 def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
     """Return the ``pipeline``, the folded table of ``params`` and the totals."""
-    params = as_arrays(chain.call, params)
-    state = jax.eval_shape(chain.init, params)
-    selected = chain.selected(params)
+    params = as_arrays(chain.start.call, params)
+    state = jax.eval_shape(chain.start.init, params)
+    selected = chain.start.selected(params)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
-    groups = chain.stages.optimizer.groups
+    groups = chain.start.stages.optimizer.groups
     columns = zip(
         names,
         leaves,
         selected,
         [("", "") if groups is None else groups.words(name) for name in names],
-        _multipliers(chain.stages.multipliers, names),
-        _multipliers(chain.stages.rate_multipliers, names),
+        _multipliers(chain.start.stages.multipliers, names),
+        _multipliers(chain.start.stages.rate_multipliers, names),
         strict=True,
     )
     rows = fold([_row(*column) for column in columns])

@@ -7,13 +7,14 @@ told by the signature of the outermost ``update``; from there optax's own wrappe
 forward by their rules.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 
 import jax
 import optax
 
-from optloss.trees import is_inexact
+from optloss.trees import is_inexact, select_leaves
 from optloss.typing import PyTree
 
 Update = Callable[..., tuple[PyTree, PyTree]]
@@ -71,3 +72,21 @@ def fill_masked(trained: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(
         choose, trained, params, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
     )
+
+
+def about_trained(
+    extra: Mapping[str, PyTree], selected: list[bool], params: PyTree
+) -> dict[str, PyTree]:
+    """Return extra arguments about all parameters as ones about those trained."""
+    made = dict(extra)
+    if extra.get("grad") is not None:
+        made["grad"] = select_leaves(extra["grad"], selected)
+    if extra.get("value_fn") is not None:
+        given = extra["value_fn"]
+
+        def value_fn(trained: PyTree, **others: PyTree) -> jax.Array:
+            value: jax.Array = given(fill_masked(trained, params), **others)
+            return value
+
+        made["value_fn"] = functools.update_wrapper(value_fn, given)
+    return made

@@ -1,9 +1,10 @@
-"""``optimize_loss``: the call that makes a training op of a loss."""
+"""The two calls: ``optimize_loss`` makes a step, ``make_optimizer`` its chain alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 
 from optloss.averages import Decay
 from optloss.chain import Chain
@@ -173,3 +174,78 @@ def optimize_loss(
         projection=projection,
         moving_average=moving_average,
     )
+
+
+def make_optimizer(
+    learning_rate: Any,
+    optimizer: Any,
+    *,
+    gradient_noise_scale: Any = None,
+    gradient_multipliers: Any = None,
+    clip_gradients: Any = None,
+    learning_rate_decay_fn: Any = None,
+    learning_rate_multipliers: Any = None,
+    variables: Any = None,
+    skip_nonfinite: bool = False,
+    seed: Any = 0,
+    pack_small_leaves: int = 0,
+    axis_name: AxisName = None,
+    skip_spikes: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Make the whole chain of :func:`optimize_loss` as one optax transformation.
+
+    It is what goes into a Flax ``TrainState``, an ``nnx.Optimizer`` or a loop of your
+    own: noise, multipliers, clip, optimizer at the decayed rate, rate multipliers.
+
+    Args:
+        learning_rate: A number, a 0-d array, a schedule, or ``None`` with an optimizer
+            that brings its own; or a mapping from names or patterns to such.
+        optimizer: A name, a function of the learning rate, a class, an instance, or a
+            function without arguments, or a mapping from names or patterns to such;
+            see :func:`optimize_loss`.
+        gradient_noise_scale: Standard deviation of Gaussian noise, a function of the
+            step, or a transformation.
+        gradient_multipliers: Maps names or patterns to factors of the gradient. Adam,
+            Adagrad and RMSProp nearly undo them.
+        clip_gradients: Largest global norm, a transformation such as
+            :func:`adaptive_clipping`, or a function of ``(gradient, variable)`` pairs.
+        learning_rate_decay_fn: ``fn(learning_rate, step) -> rate``.
+        learning_rate_multipliers: Maps names or patterns to factors of the update.
+        variables: Which parameters are trained: names or patterns, a predicate
+            ``(name, leaf) -> bool`` or a tree of bools. The updates of the others are
+            negative zeros, which leave them bit for bit.
+        skip_nonfinite: Whether an update whose gradient holds NaN or infinity is
+            skipped. The loss is judged, too, if ``value=loss`` is passed to ``update``.
+        seed: Where the noise starts: an int or a JAX key.
+        pack_small_leaves: Largest size of a leaf that is packed with its like while an
+            elementwise optimizer works on it; 0 packs none.
+        axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
+            sharded over.
+        skip_spikes: Whether an update is skipped whose gradient, or loss, lies far
+            above those before it: the ``std_factor`` of
+            :func:`~optloss.skip_spikes`, or ``True`` for its default.
+
+    Returns:
+        A transform. Its ``update`` takes the extra arguments ``step=`` (the global
+        step, which annealing, warm-up and decay read; without it each counts for
+        itself), ``value=`` (the loss), and for line searches ``grad=`` and
+        ``value_fn=``, the loss as a function of the parameters. Updates keep shape
+        ``[*shape]``; they may be float32 for half-precision leaves until they are
+        applied.
+
+    Raises:
+        ValueError: As :func:`optimize_loss` for the same arguments.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = make_optimizer(0.1, "SGD", clip_gradients=1.0)
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> print(optax.apply_updates(params, updates)["w"])
+        [2.94 3.92]
+
+    See also:
+        :func:`optimize_loss`, :func:`set_learning_rate`, :func:`get_summaries`.
+    """
+    given = locals()
+    return Chain.of("make_optimizer", given).transform()

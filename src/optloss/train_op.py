@@ -139,8 +139,8 @@ class TrainOp:
         parts = ["gradient"]
         if self.value_and_grad is not jax.value_and_grad:
             parts.append(f"by {short_repr(self.value_and_grad)}")
-        if self.chain.loss_scale is not None:
-            parts.append(f"at {self.chain.loss_scale.text}")
+        if self.chain.start.loss_scale is not None:
+            parts.append(f"at {self.chain.start.loss_scale.text}")
         return " ".join(parts)
 
     @property
@@ -206,9 +206,9 @@ class TrainOp:
                 "update_ops need a model_state to work on. Pass it: "
                 "init(params, model_state)."
             )
-        params = as_arrays(self.chain.call, params)
-        opt_state = self.chain.init(params)
-        if not any(self.chain.selected(params)):
+        params = as_arrays(self.chain.start.call, params)
+        opt_state = self.chain.start.init(params)
+        if not any(self.chain.start.selected(params)):
             raise ValueError(
                 f"train_op.init(params={short_repr(params)}): it holds no floating "
                 "array, so "
@@ -220,7 +220,7 @@ class TrainOp:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
         average = None
         if self.moving_average is not None:
-            selected = self.chain.selected(params)
+            selected = self.chain.start.selected(params)
             average = start_average(select_leaves(params, selected))
         state = TrainOpState(step, params, model_state, opt_state, average)
         placed: TrainOpState = shard_state(state, params)
@@ -388,7 +388,7 @@ class TrainOp:
         aux: Any,
         model_state: Any,
     ) -> Any:
-        selected = self.chain.selected(state.params)
+        selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
         self._check_whose(state, trained)
         gradients = conjugate(given_gradients(gradients, trained))
@@ -465,9 +465,9 @@ class TrainOp:
             Defazio et al., *The Road Less Scheduled*, 2024, arXiv:2405.15682.
         """
         _check_state(state)
-        selected = self.chain.selected(state.params)
+        selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
-        layout, size = self.chain.layout(trained), self.chain.pack_size
+        layout, size = self.chain.start.layout(trained), self.chain.start.pack_size
         moved = evaluation_params(state.opt_state, trained, layout, size)
         params = merge_leaves(moved, state.params, selected)
         return jax.tree.map(own_copy, params)
@@ -479,7 +479,7 @@ class TrainOp:
             loss=self.loss,
             params=state.params,
             model_state=state.model_state,
-            selected=self.chain.selected(state.params),
+            selected=self.chain.start.selected(state.params),
             ops_follow=self.update_ops is not None,
             args=args,
             kwargs=kwargs,
@@ -503,17 +503,17 @@ class TrainOp:
         extra: dict[str, Any],
     ) -> Step:
         """Return the state after an update by these ``gradients``."""
-        selected = self.chain.selected(state.params)
+        selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
         # As JAX gives it, which is what the line searches compute with.
         extra = {**extra, "grad": conjugate(gradients)}
         if state.step is not None:
             extra["step"] = state.step
         shaped, before = self.chain.before(gradients, state.opt_state, trained, extra)
-        norm = self.chain.norm(shaped)
+        ready, norm = self.chain.ready(shaped, trained)
 
         def update() -> tuple[Moved, ChainState]:
-            updates, after = self.chain.after(shaped, before, trained, extra, norm)
+            updates, after = self.chain.after(ready, before, trained, extra, norm)
             moved = optax.apply_updates(trained, updates)
             return self._moved(state, outcome, moved, selected), after
 
@@ -570,7 +570,7 @@ class TrainOp:
         if self.moving_average is not None:
             average = jax.eval_shape(start_average, trained)
         check_part(call, "moving average", state.average, average, ADOPT)
-        self.chain.check(call, state.opt_state, trained, ADOPT)
+        self.chain.start.check(call, state.opt_state, trained, ADOPT)
 
 
 def _check_state(state: Any) -> None:

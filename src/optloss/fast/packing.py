@@ -80,7 +80,8 @@ def pack_small_leaves(
 
     Returns:
         A transform whose state is that of ``inner`` over a
-        :class:`~optloss.fast.packing.PackedTree`. Updates are leaves ``[*shape]``.
+        :class:`~optloss.fast.packing.PackedTree`. Updates are leaves ``[*shape]``;
+        gradients may be packed already where the parameters are given.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -95,9 +96,11 @@ def pack_small_leaves(
         for argument in ("grad", "value_fn"):  # what needs them is never packed
             extra.pop(argument, None)
         beside = None if params is None else pack(params, layout)
+        given = updates if isinstance(updates, PackedTree) else pack(updates, layout)
+        template = updates if params is None else params
         packed: PyTree
-        packed, state = inner.update(pack(updates, layout), state, beside, **extra)
-        return unpack(packed, updates, layout), state
+        packed, state = inner.update(given, state, beside, **extra)
+        return unpack(packed, template, layout), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

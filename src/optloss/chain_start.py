@@ -1,0 +1,133 @@
+"""How the state of a chain starts, and how it is told from that of another."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optloss.arguments import Given, as_arrays, stages_of
+from optloss.fast.packing import Layout, layout_of, pack_small_leaves, table_of
+from optloss.guard import start_skipping
+from optloss.loss_scale import LossScale, as_loss_scale
+from optloss.names import first_match, leaf_names, select
+from optloss.spikes import SpikeRule, as_spike_rule
+from optloss.stages import ChainState, Stages, in_turn, looks_at_leaves
+from optloss.state_check import check_state
+from optloss.transforms.multipliers import start_multiplying
+from optloss.trees import own_copies, select_leaves
+from optloss.typing import PyTree, Variables
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChainStart:
+    """What a chain is made of, and what makes its state."""
+
+    call: str
+    stages: Stages
+    variables: Variables
+    is_guarded: bool
+    pack_size: int
+    loss_scale: LossScale | None
+    spikes: SpikeRule | None
+
+    @classmethod
+    def of(cls, call: str, given: Given) -> "ChainStart":
+        """Return what these arguments of ``call`` ask for."""
+        stages = stages_of(call, given)
+        scale = as_loss_scale(call, given.get("loss_scale"))
+        spikes = as_spike_rule(call, given["skip_spikes"])
+        is_dynamic = scale is not None and scale.is_dynamic
+        return cls(
+            call=call,
+            stages=stages,
+            variables=given["variables"],
+            is_guarded=given["skip_nonfinite"] or is_dynamic or spikes is not None,
+            pack_size=int(given["pack_small_leaves"]),
+            loss_scale=scale,
+            spikes=spikes,
+        )
+
+    def selected(self, params: PyTree) -> list[bool]:
+        """Return, for each leaf of ``params``, whether it is trained."""
+        return select(self.call, self.variables, params)
+
+    def init(self, params: PyTree) -> PyTree:
+        """Return the state for ``params``, with all names and patterns checked.
+
+        An optimizer may keep the starting weights, one array twice, or an array of the
+        caller's. The state holds copies, so that donating it takes nothing of theirs.
+        """
+        params = as_arrays(self.call, params)
+        names = leaf_names(params)
+        # Without leaves it is a placeholder for parameters, or nothing is trained.
+        for stage in (self.stages.multipliers, self.stages.rate_multipliers):
+            where = f"{self.call}, {stage.scope}"
+            first_match(where, tuple(stage.rules), names, check=bool(names))
+        trained = select_leaves(params, self.selected(params))
+        if self.stages.optimizer.groups is not None and names:
+            self.stages.optimizer.groups.check(names, leaf_names(trained))
+        leaves, structure = jax.tree.flatten(self(trained))
+        return jax.tree.unflatten(structure, own_copies(leaves))
+
+    def __call__(self, trained: PyTree) -> PyTree:
+        """Return the state before the first update."""
+        noise = self.stages.noise.transform.init(trained)
+        multipliers = [
+            start_multiplying(stage.rules)
+            for stage in (self.stages.multipliers, self.stages.rate_multipliers)
+        ]
+        after: PyTree = self.clip_and_optimizer.init(trained)
+        table = table_of(self.layout(trained)) if self.pack_size else None
+        scale = None if self.loss_scale is None else self.loss_scale.init()
+        state = ChainState(noise, *after, table, *multipliers, scale)
+        return start_skipping(state, self.spikes) if self.is_guarded else state
+
+    def layout(self, trained: PyTree) -> Layout:
+        """Return which leaves the optimizer's state has in which packed vector."""
+        groups = self.stages.optimizer.groups
+        if not self.pack_size:
+            return Layout({})
+        if groups is not None:
+            return groups.layout(trained, self.pack_size)
+        return layout_of(trained, self.pack_size)
+
+    def check(self, call: str, state: PyTree, trained: PyTree, cure: str) -> None:
+        """Refuse, in the words of ``call``, a state of another chain or parameters.
+
+        Only shapes are looked at, and those of one structure once.
+        """
+        shapes = tuple(map(jnp.shape, jax.tree.leaves((state, trained))))
+        seen = jax.tree.structure((state, trained)), shapes
+        if seen not in self._checked:
+            check_state(call, state, self, trained, cure)
+            self._checked.add(seen)
+
+    @property
+    def packs_all(self) -> bool:
+        """Whether the clip, too, works on packed leaves."""
+        clip, optimizer = self.stages.clip, self.stages.optimizer
+        return (
+            self.pack_size > 0
+            and optimizer.groups is None
+            and not looks_at_leaves(clip)
+        )
+
+    @functools.cached_property
+    def clip_and_optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """The second half but for the multipliers, on packed leaves where they are."""
+        clip, optimizer, size = self.stages.clip, self.stages.optimizer, self.pack_size
+        if self.packs_all:
+            return pack_small_leaves(in_turn(clip, optimizer), size)
+        if size and optimizer.groups is not None:
+            packed = optimizer.groups.transform(size)
+        elif size:
+            packed = pack_small_leaves(optimizer.transform, size)
+        else:
+            packed = optimizer.transform
+        return in_turn(clip, optimizer._replace(transform=packed))
+
+    @functools.cached_property
+    def _checked(self) -> set[PyTree]:
+        return set()
