@@ -2,9 +2,8 @@
 An averaged generative model
 ============================
 
-A small diffusion model learns to remove noise from scikit-learn's digits, at a constant
-rate. A moving average of its parameters has the lower loss, and is what to draw samples
-with::
+A small diffusion model learns to remove noise from scikit-learn's digits. The moving
+average of its parameters has the lower loss, and is what to draw samples with::
 
     python examples/averaged_diffusion.py --steps 2000
 """

@@ -3,9 +3,8 @@ Training in float16
 ===================
 
 The network computes in float16, whose largest number is 65,504 and whose smallest is
-6e-8. The loss is multiplied by a scale that follows the run. It starts far too high here:
-the first steps overflow, are skipped and halve it. Later it grows again, and each
-overflow costs one step::
+6e-8. The loss is multiplied by a scale that follows the run. Here it starts too high:
+the first steps overflow, are skipped and halve it. Later it grows again::
 
     python examples/float16_digits.py --steps 400
 """

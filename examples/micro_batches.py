@@ -2,8 +2,8 @@
 Micro-batches from a loader
 ===========================
 
-A loader yields batches that fit into memory, and four of them make one step. Noise, clip
-and optimizer run once, on the mean gradient, as if the batch had been one::
+A loader yields batches that fit into memory, and four of them make one step. The clip
+and the optimizer run once, on the mean gradient::
 
     python examples/micro_batches.py --steps 200
 """
@@ -22,7 +22,7 @@ SLICES, HELD_OUT = 4, 300
 
 
 def network(params, images):
-    return jax.nn.relu(images @ params["in"] + params["bias"]) @ params["out"]
+    return jax.nn.relu(images @ params["in"]) @ params["out"]
 
 
 def loss(params, images, labels):
@@ -31,18 +31,15 @@ def loss(params, images, labels):
 
 
 def loader(images, labels, size):
-    """Yield micro-batches without end."""
     random = np.random.default_rng(0)
     while True:
-        order = random.permutation(len(images))
-        for rows in order[: len(order) // size * size].reshape(-1, size):
-            yield images[rows], labels[rows]
+        rows = random.integers(len(images), size=size)
+        yield images[rows], labels[rows]
 
 
 def joined(loader):
-    """Yield the examples of several micro-batches in one, each a slice of its own."""
+    """Yield the examples of several micro-batches in one; slice i is every fourth."""
     while pieces := list(itertools.islice(loader, SLICES)):
-        # Slice i takes every fourth example, from example i on.
         yield [
             np.stack(part, axis=1).reshape(-1, *part[0].shape[1:])
             for part in zip(*pieces, strict=True)
@@ -53,7 +50,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Train on digits in micro-batches.")
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args(argv).steps
-
     images, labels = datasets.load_digits(return_X_y=True)
     images, labels = np.float32(images / 16), labels.astype(np.int32)
     train_op = optloss.optimize_loss(
@@ -64,12 +60,9 @@ def main(argv=None):
         clip_gradients=1.0,
         value_and_grad=optloss.accumulate_gradients(SLICES),
     )
-    print(train_op)
     random = np.random.default_rng(1)
     kernels = [np.float32(random.normal(size=(64, n)) / 8) for n in (64, 10)]
-    state = train_op.init(
-        {"in": kernels[0], "bias": np.zeros(64, "f"), "out": kernels[1]}
-    )
+    state = train_op.init({"in": kernels[0], "out": kernels[1]})
     batches = joined(loader(images[HELD_OUT:], labels[HELD_OUT:], size=16))
     for batch in itertools.islice(batches, steps):
         state, output = train_op(state, *batch)
