@@ -75,6 +75,28 @@ def test_the_character_model_explodes_only_without_the_clip(capsys):
     assert "gradient norm" in capsys.readouterr().out
 
 
+def main_of(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def test_float16_survives_its_overflows(capsys):
+    accuracy, skipped = main_of("float16_digits")(["--steps", "80"])
+    assert accuracy > 0.75
+    assert skipped >= 4
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
+def test_the_averaged_model_has_the_lower_loss(capsys):
+    latest, average = main_of("averaged_diffusion")(["--steps", "200"])
+    assert average < latest < 0.5
+    assert "averaged" in capsys.readouterr().out
+
+
+def test_micro_batches_are_one_step(capsys):
+    assert main_of("micro_batches")(["--steps", "60"]) > 0.8
+    assert "step 60" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "path", sorted(EXAMPLES.glob("plot_*.py")), ids=lambda path: path.stem
 )

@@ -74,14 +74,17 @@ class ChainStart:
     def __call__(self, trained: PyTree) -> PyTree:
         """Return the state before the first update."""
         noise = self.stages.noise.transform.init(trained)
-        multipliers = [
-            start_multiplying(stage.rules)
-            for stage in (self.stages.multipliers, self.stages.rate_multipliers)
-        ]
         after: PyTree = self.clip_and_optimizer.init(trained)
-        table = table_of(self.layout(trained)) if self.pack_size else None
-        scale = None if self.loss_scale is None else self.loss_scale.init()
-        state = ChainState(noise, *after, table, *multipliers, scale)
+        clip, optimizer = after
+        state = ChainState(
+            noise=noise,
+            clip=clip,
+            optimizer=optimizer,
+            packed=table_of(self.layout(trained)) if self.pack_size else None,
+            multipliers=start_multiplying(self.stages.multipliers.rules),
+            rate_multipliers=start_multiplying(self.stages.rate_multipliers.rules),
+            loss_scale=None if self.loss_scale is None else self.loss_scale.init(),
+        )
         return start_skipping(state, self.spikes) if self.is_guarded else state
 
     def layout(self, trained: PyTree) -> Layout:

@@ -16,7 +16,7 @@ from optloss.typing import PyTree
 class Outcome(NamedTuple):
     """What the loss returned, taken apart."""
 
-    loss: jax.Array
+    loss: Any  # float []; None if apply_gradients was given none
     model_state: Any
     aux: Any
 
