@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optloss.averages import check_decay
 from optloss.extra import by_signature
@@ -108,7 +109,7 @@ def _parameter(name: str) -> str:
     return f"the parameter {quoted(name)}" if name else "the tree of parameters"
 
 
-def _fits(number: Any) -> bool:
+def _fits(number: float) -> bool:
     try:
         jnp.asarray(number)
     except (OverflowError, ValueError):  # beyond int32, or beyond 4,300 digits
@@ -116,7 +117,7 @@ def _fits(number: Any) -> bool:
     return True
 
 
-def _is_jax_array(leaf: Any) -> bool:
+def _is_jax_array(leaf: object) -> bool:
     if not (hasattr(leaf, "dtype") and isinstance(getattr(leaf, "shape", None), tuple)):
         return False
     # NumPy has arrays of objects, of text and of dates, which JAX has not.
@@ -191,7 +192,7 @@ def _check_counter(call: str, given: Given) -> None:
     raise argument_error(call, "global_step", None, cure)
 
 
-def _multipliers_of(given: Given) -> list[Any]:
+def _multipliers_of(given: Given) -> list[object]:
     mappings = (given["gradient_multipliers"], given["learning_rate_multipliers"])
     return [v for m in mappings if isinstance(m, Mapping) for v in m.values()]
 
@@ -249,7 +250,7 @@ def _check_value_and_grad(call: str, given: Given) -> None:
             raise argument_error(call, "value_and_grad", value_and_grad, problem)
 
 
-def _is_of_nnx(function: Any) -> bool:
+def _is_of_nnx(function: object) -> bool:
     module = getattr(root(function), "__module__", None) or ""
     return module.startswith("flax.nnx")
 
@@ -340,15 +341,15 @@ def _clip_stage(given: Given) -> Stage:
     return Stage(f"clip_by_global_norm({short_repr(clip)})", transform)
 
 
-def _is_function(value: Any) -> bool:
+def _is_function(value: object) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
-def _given_stage(transform: Any) -> Stage:
+def _given_stage(transform: optax.GradientTransformation) -> Stage:
     return Stage(name_of(transform), by_signature(transform))
 
 
-def _is_factory(value: Any) -> bool:
+def _is_factory(value: object) -> bool:
     module = getattr(root(value), "__module__", None) or ""
     return callable(value) and module.split(".")[0] in ("optloss", "optax")
 
@@ -357,7 +358,7 @@ def _flag(name: str) -> Callable[[str, Given], bool]:
     return lambda call, given: check_bool(call, name, given[name])
 
 
-CHECKS: dict[str, Callable[[str, Given], Any]] = {
+CHECKS: dict[str, Callable[[str, Given], object]] = {
     "loss": _check_loss,
     "global_step": _check_global_step,
     "learning_rate": check_learning_rate,

@@ -15,14 +15,14 @@ from optloss.messages import argument_error, short_repr
 from optloss.typing import PyTree
 
 InAxes: TypeAlias = int | Sequence[PyTree] | None
-Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments: TypeAlias = tuple[tuple[PyTree, ...], dict[str, PyTree]]
 
 
 class Leaf(NamedTuple):
     """One leaf of a step's arguments, and how it is split."""
 
     words: str  # its name, dtype and shape
-    value: Any
+    value: PyTree
     axis: int | None  # the axis of the examples; None: not split
     is_key: bool  # a single key, which is split into several; its axis is 0
 
@@ -39,7 +39,7 @@ class Leaf(NamedTuple):
         each = array.shape[self.axis] // steps
         return self._replace(value=array.reshape(*before, each, steps, *behind))
 
-    def pick(self, i: jax.Array) -> Any:
+    def pick(self, i: jax.Array) -> PyTree:
         """Return slice ``i`` of what :meth:`stack` returned."""
         # A scan over slices along axis 0 would need a transposed copy of the batch.
         if self.axis is None:
@@ -48,7 +48,7 @@ class Leaf(NamedTuple):
             self.value, i, self.axis + 1, keepdims=False
         )
 
-    def batch_of_one(self, value: Any) -> Any:
+    def batch_of_one(self, value: PyTree) -> PyTree:
         """Return one example of the leaf with an axis for examples; a key has none."""
         if self.axis is None or self.is_key:
             return value
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     size: int | None  # examples; None where no array holds any
     words: str  # the first array that does
 
-    def arguments(self, values: Sequence[Any]) -> Arguments:
+    def arguments(self, values: Sequence[PyTree]) -> Arguments:
         """Return ``args`` and ``kwargs`` with these values of the leaves."""
         args, kwargs = jax.tree.unflatten(self.structure, values)
         return args, kwargs
@@ -134,7 +134,7 @@ def _axis_of_each(call: str, in_axes: InAxes, arguments: Arguments) -> list[int 
     return jax.tree.leaves(axes, is_leaf=_is_none)
 
 
-def _leaf(call: str, path: tuple[Any, ...], value: Any, axis: int | None) -> Leaf:
+def _leaf(call: str, path: tuple[PyTree, ...], value: PyTree, axis: int | None) -> Leaf:
     side, *within = path
     name = ("args", "kwargs")[side.idx] + jax.tree_util.keystr(tuple(within))
     words, ndim = f"{name} is {short_repr(value)}", getattr(value, "ndim", 0)
@@ -146,10 +146,10 @@ def _leaf(call: str, path: tuple[Any, ...], value: Any, axis: int | None) -> Lea
     return Leaf(words, value, axis % ndim, is_key=False)
 
 
-def _is_key(value: Any) -> bool:
+def _is_key(value: object) -> bool:
     dtype = getattr(value, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _is_none(node: Any) -> bool:
+def _is_none(node: object) -> bool:
     return node is None

@@ -15,11 +15,11 @@ number above :math:`2^{24}`. Between those steps, float32's rounding is all ther
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from optloss.fast.draws import split_key
 from optloss.mesh import is_deleted
@@ -33,6 +33,7 @@ from optloss.messages import (
     is_real,
     short_repr,
 )
+from optloss.typing import Scalar
 
 MOST_TABULATED_CYCLES = 4096
 LARGEST_STEP = np.iinfo(np.int32).max
@@ -40,10 +41,10 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def exponential_decay(
-    learning_rate: Any,
-    step: Any,
-    decay_steps: Any,
-    decay_rate: Any,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    decay_rate: Scalar,
     staircase: bool = False,
 ) -> jax.Array:
     r"""Multiply the rate by ``decay_rate`` every ``decay_steps`` steps.
@@ -79,10 +80,10 @@ def exponential_decay(
 
 
 def natural_exp_decay(
-    learning_rate: Any,
-    step: Any,
-    decay_steps: Any,
-    decay_rate: Any,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    decay_rate: Scalar,
     staircase: bool = False,
 ) -> jax.Array:
     r"""Let the rate fall exponentially, with ``decay_rate`` as the exponent.
@@ -114,10 +115,10 @@ def natural_exp_decay(
 
 
 def inverse_time_decay(
-    learning_rate: Any,
-    step: Any,
-    decay_steps: Any,
-    decay_rate: Any,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    decay_rate: Scalar,
     staircase: bool = False,
 ) -> jax.Array:
     r"""Let the rate fall as one over the time.
@@ -149,11 +150,11 @@ def inverse_time_decay(
 
 
 def polynomial_decay(
-    learning_rate: Any,
-    step: Any,
-    decay_steps: Any,
-    end_learning_rate: Any = 1e-4,
-    power: Any = 1.0,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    end_learning_rate: Scalar = 1e-4,
+    power: Scalar = 1.0,
     cycle: bool = False,
 ) -> jax.Array:
     r"""Let the rate fall to ``end_learning_rate`` along a polynomial.
@@ -191,7 +192,7 @@ def polynomial_decay(
 
 
 def cosine_decay(
-    learning_rate: Any, step: Any, decay_steps: Any, alpha: Any = 0.0
+    learning_rate: Scalar, step: ArrayLike, decay_steps: Scalar, alpha: Scalar = 0.0
 ) -> jax.Array:
     r"""Let the rate fall along half a cosine, to ``alpha`` times its start.
 
@@ -226,12 +227,12 @@ def cosine_decay(
 
 
 def cosine_decay_restarts(
-    learning_rate: Any,
-    step: Any,
-    first_decay_steps: Any,
-    t_mul: Any = 2.0,
-    m_mul: Any = 1.0,
-    alpha: Any = 0.0,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    first_decay_steps: Scalar,
+    t_mul: Scalar = 2.0,
+    m_mul: Scalar = 1.0,
+    alpha: Scalar = 0.0,
 ) -> jax.Array:
     r"""Let the rate fall along half a cosine, again and again.
 
@@ -282,12 +283,12 @@ def cosine_decay_restarts(
 
 
 def linear_cosine_decay(
-    learning_rate: Any,
-    step: Any,
-    decay_steps: Any,
-    num_periods: Any = 0.5,
-    alpha: Any = 0.0,
-    beta: Any = 0.001,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    num_periods: Scalar = 0.5,
+    alpha: Scalar = 0.0,
+    beta: Scalar = 0.001,
 ) -> jax.Array:
     r"""Let the rate fall along a straight line times a cosine.
 
@@ -325,16 +326,16 @@ def linear_cosine_decay(
 
 
 def noisy_linear_cosine_decay(
-    learning_rate: Any,
-    step: Any,
-    decay_steps: Any,
-    initial_variance: Any = 1.0,
-    variance_decay: Any = 0.55,
-    num_periods: Any = 0.5,
-    alpha: Any = 0.0,
-    beta: Any = 0.001,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    initial_variance: Scalar = 1.0,
+    variance_decay: Scalar = 0.55,
+    num_periods: Scalar = 0.5,
+    alpha: Scalar = 0.0,
+    beta: Scalar = 0.001,
     *,
-    key: Any = 0,
+    key: int | jax.Array = 0,
 ) -> jax.Array:
     r"""Let the rate fall along a noisy line times a cosine.
 
@@ -388,7 +389,7 @@ def noisy_linear_cosine_decay(
 
 
 def piecewise_constant(
-    step: Any, boundaries: Sequence[Any], values: Sequence[Any]
+    step: ArrayLike, boundaries: Sequence[Scalar], values: Sequence[Scalar]
 ) -> jax.Array:
     r"""Return the value of the interval that ``step`` lies in.
 
@@ -437,7 +438,11 @@ def piecewise_constant(
 
 
 def _start(
-    call: str, learning_rate: Any, step: Any, decay_steps: Any, staircase: bool = False
+    call: str,
+    learning_rate: Scalar,
+    step: ArrayLike,
+    decay_steps: Scalar,
+    staircase: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the rate as an array, and how many ``decay_steps`` have passed."""
     _check_positive(call, "Count in steps.", decay_steps=decay_steps)
@@ -446,7 +451,9 @@ def _start(
     return rate, whole if staircase else whole + share
 
 
-def _divide(step: jax.Array, period: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _divide(
+    step: jax.Array, period: Scalar, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """Return how many whole periods have passed, and the share of the one under way."""
     if _is_integer(step) and _is_whole(period):
         unit = jnp.asarray(period, step.dtype)
@@ -464,10 +471,10 @@ def _is_integer(array: jax.Array) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.integer))
 
 
-def _is_whole(period: Any) -> bool:
+def _is_whole(period: Scalar) -> bool:
     if is_array(period):
         return _is_integer(period)
-    return float(period).is_integer() and period <= LARGEST_STEP
+    return bool(float(period).is_integer() and period <= LARGEST_STEP)
 
 
 def _half_cosine(share: jax.Array) -> jax.Array:
@@ -480,9 +487,9 @@ def _line_times_cosine(
     rate: jax.Array,
     line: jax.Array,
     share: jax.Array,
-    num_periods: Any,
-    alpha: Any,
-    beta: Any,
+    num_periods: Scalar,
+    alpha: Scalar,
+    beta: Scalar,
 ) -> jax.Array:
     _check_finite(call, num_periods=num_periods, alpha=alpha, beta=beta)
     cosine = jnp.cos(2 * jnp.pi * _as(rate, num_periods) * share)
@@ -490,7 +497,7 @@ def _line_times_cosine(
 
 
 def _cycle(
-    step: jax.Array, first: Any, growth: Any, dtype: Any
+    step: jax.Array, first: Scalar, growth: Scalar, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cycle ``step`` is in, from 0, and the share of it that has passed."""
     if is_number(growth) and growth == 1:
@@ -504,7 +511,7 @@ def _cycle(
 
 
 def _tabulated_cycle(
-    step: jax.Array, first: float, growth: float, cycles: int, dtype: Any
+    step: jax.Array, first: float, growth: float, cycles: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     powers = np.float64(growth) ** np.arange(cycles)
     starts = first * (powers - 1) / (growth - 1)
@@ -521,7 +528,7 @@ def _tabulated_cycle(
 
 
 def _computed_cycle(
-    step: jax.Array, first: Any, growth: Any
+    step: jax.Array, first: Scalar, growth: Scalar
 ) -> tuple[jax.Array, jax.Array]:
     c, excess = step / _as(step, first), _as(step, growth - 1)
     level, over = excess == 0, c * excess <= -1
@@ -541,7 +548,7 @@ def _computed_cycle(
     return cycle, share
 
 
-def _normal(key: Any, step: jax.Array, dtype: Any) -> jax.Array:
+def _normal(key: int | jax.Array, step: jax.Array, dtype: DTypeLike) -> jax.Array:
     words, impl = split_key(key)
     key = jax.random.wrap_key_data(words, impl=impl)
 
@@ -552,24 +559,24 @@ def _normal(key: Any, step: jax.Array, dtype: Any) -> jax.Array:
     return noise
 
 
-def _bound(limit: Any, dtype: Any) -> Any:
+def _bound(limit: Scalar, dtype: DTypeLike) -> Scalar:
     """Return ``limit`` cut to what ``dtype`` holds: no step gets beyond that."""
     if is_number(limit) and jnp.issubdtype(dtype, jnp.integer):
         return min(int(limit), int(np.iinfo(dtype).max))
     return limit
 
 
-def _as(like: jax.Array, value: Any) -> jax.Array:
+def _as(like: jax.Array, value: Scalar) -> jax.Array:
     return jnp.asarray(value, like.dtype)
 
 
-def _as_rate(call: str, learning_rate: Any) -> jax.Array:
+def _as_rate(call: str, learning_rate: Scalar) -> jax.Array:
     _check_finite(call, learning_rate=learning_rate)
     kind = jnp.asarray(learning_rate).dtype if is_array(learning_rate) else jnp.float32
     return jnp.asarray(learning_rate, jnp.promote_types(kind, jnp.float32))
 
 
-def _as_step(call: str, step: Any) -> jax.Array:
+def _as_step(call: str, step: ArrayLike) -> jax.Array:
     if is_number(step):
         good = abs(step) <= LARGEST_FLOAT
     else:
@@ -586,7 +593,9 @@ def _as_step(call: str, step: Any) -> jax.Array:
     return jnp.asarray(step, jnp.promote_types(step.dtype, least))
 
 
-def _as_list(call: str, argument: str, value: Any) -> list[Any]:
+def _as_list(
+    call: str, argument: str, value: Sequence[Scalar] | jax.Array
+) -> list[Scalar]:
     text = isinstance(value, (str, bytes))
     if (isinstance(value, Sequence) and not text) or (
         is_array(value) and value.ndim == 1
@@ -595,26 +604,26 @@ def _as_list(call: str, argument: str, value: Any) -> list[Any]:
     raise argument_error(call, argument, value, "must be a list.")
 
 
-def _check_finite(call: str, **arguments: Any) -> None:
+def _check_finite(call: str, **arguments: object) -> None:
     wanted = "a finite real number or a 0-d array."
     for name, value in arguments.items():
         check_number(call, name, value, np.isfinite, wanted)
 
 
-def _check_at_least_zero(call: str, cure: str, **arguments: Any) -> None:
+def _check_at_least_zero(call: str, cure: str, **arguments: object) -> None:
     wanted = f"a finite real number >= 0 or a 0-d array. {cure}"
     for name, value in arguments.items():
         check_number(call, name, value, lambda n: 0 <= n < np.inf, wanted)
 
 
-def _check_positive(call: str, cure: str, **arguments: Any) -> None:
+def _check_positive(call: str, cure: str, **arguments: object) -> None:
     wanted = f"a finite real number > 0 or a 0-d array. {cure}"
     for name, value in arguments.items():
         check_number(call, name, value, lambda n: 0 < n < np.inf, wanted)
 
 
 def _check_boundaries(
-    call: str, boundaries: Any, limits: list[Any], dtype: Any
+    call: str, boundaries: object, limits: list[Scalar], dtype: DTypeLike
 ) -> None:
     """Refuse boundaries that are no integers, as the step is, or do not increase."""
     for limit in limits:

@@ -11,7 +11,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 import optloss
 from optloss.integrations.tensorboard import SummaryWriter
+from optloss.typing import Clip, PyTree
 
 BATCH = 64
 LOOK_EVERY = 10
 SAVE_EVERY = 100
-Images = np.ndarray[Any, Any]
+Images = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Manager: TypeAlias = ocp.CheckpointManager | None
 
 
@@ -105,7 +106,9 @@ def load_digits(seed: int) -> Digits:
     return Digits(images[kept], labels[kept], images[held_out], labels[held_out])
 
 
-def loss(params: Any, batch_stats: Any, images: Any, labels: Any) -> Any:
+def loss(
+    params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, PyTree]:
     """Return the cross-entropy of a batch, and the statistics BatchNorm moved."""
     logits, moved = NET.apply(
         {"params": params, "batch_stats": batch_stats},
@@ -188,7 +191,7 @@ def batch(digits: Digits, seed: int, step: int) -> tuple[Images, Images]:
     return digits.images[rows], digits.labels[rows]
 
 
-def look(step: int, measured: dict[str, Any]) -> Look:
+def look(step: int, measured: Mapping[str, object]) -> Look:
     """Fetch what the picture and the progress bar show."""
     tags = (
         "OptimizeLoss/loss",
@@ -290,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def whole(least: int) -> Any:
+def whole(least: int) -> Callable[[str], int]:
     """Return a parser of integers of at least ``least``."""
 
     def integer(text: str) -> int:
@@ -301,7 +304,7 @@ def whole(least: int) -> Any:
     return integer
 
 
-def clip(text: str) -> Any:
+def clip(text: str) -> Clip:
     """Return what ``clip_gradients`` takes for a flag's text."""
     if text == "adaptive":
         return optloss.adaptive_clipping(statistics="previous")

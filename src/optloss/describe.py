@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -90,7 +90,7 @@ def _multipliers(stage: Stage, names: list[str]) -> list[str]:
 
 def _row(
     name: str,
-    leaf: Any,
+    leaf: PyTree,
     trained: bool,
     group: tuple[str, str],
     gradient: str,
@@ -183,7 +183,7 @@ def _wrap(line: str) -> list[str]:
     return [*lines, rest]
 
 
-def _totals(leaves: list[Any], selected: list[bool], state: Any) -> list[str]:
+def _totals(leaves: list[PyTree], selected: list[bool], state: PyTree) -> list[str]:
     sizes = [math.prod(leaf.shape) for leaf in leaves]
     trained = sum(n for n, wanted in zip(sizes, selected, strict=True) if wanted)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

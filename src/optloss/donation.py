@@ -5,7 +5,6 @@ So they must not be anybody else's, and whoever uses the state again is told so.
 
 import contextlib
 from collections.abc import Generator
-from typing import Any
 
 import jax
 
@@ -14,7 +13,7 @@ from optloss.trees import own_copy
 from optloss.typing import PyTree
 
 
-def copies_of_donated(state: PyTree, arguments: PyTree) -> Any:
+def copies_of_donated(state: PyTree, arguments: PyTree) -> PyTree:
     """Return ``arguments`` with copies in place of arrays that are in ``state``."""
     donated = set(map(id, jax.tree.leaves(state)))
     leaves, structure = jax.tree.flatten(arguments)

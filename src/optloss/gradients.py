@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,11 @@ from optloss.mesh import zeros_like
 from optloss.messages import argument_error, check_int, listing, short_repr
 from optloss.names import leaf_names
 from optloss.trees import accumulator_dtype, is_inexact
+from optloss.typing import Differentiate as Differentiate
+from optloss.typing import Differentiated as Differentiated
+from optloss.typing import Objective as Objective
 from optloss.typing import PyTree
-
-Differentiated: TypeAlias = tuple[tuple[jax.Array, tuple[PyTree, PyTree]], PyTree]
-Objective: TypeAlias = Callable[..., tuple[jax.Array, tuple[PyTree, PyTree]]]
-Differentiate: TypeAlias = Callable[..., Differentiated]
-
-
-class ValueAndGrad(Protocol):
-    """A function like ``jax.value_and_grad``."""
-
-    def __call__(
-        self, objective: Objective, /, *, has_aux: Literal[True]
-    ) -> Differentiate:
-        """Return a function that returns the objective's results and its gradient."""
-        ...
+from optloss.typing import ValueAndGrad as ValueAndGrad
 
 
 def accumulate_gradients(steps: int, *, in_axes: InAxes = 0) -> ValueAndGrad:

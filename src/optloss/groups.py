@@ -26,16 +26,14 @@ from optloss.messages import listing, quoted, refusal, short_repr
 from optloss.names import first_match, leaf_names
 from optloss.plateau import OwnRateState
 from optloss.transforms.learning_rate import (
-    DecayFn,
     check_transformation,
     in_float32,
     with_rate,
 )
 from optloss.trees import select_leaves
-from optloss.typing import Pattern, PyTree
+from optloss.typing import DecayFn, OneRate, Pattern, PyTree
 
 Transform = optax.GradientTransformationExtraArgs
-Factory = Callable[[Any], optax.GradientTransformation]
 Places = tuple[int | None, ...]  # in both tables
 
 
@@ -43,11 +41,11 @@ class Maker(NamedTuple):
     """One optimizer: how it is called, and what makes it."""
 
     text: str
-    factory: Any  # a Factory of the rate; None where none is taken
+    factory: Any  # a function of the rate; None where none is taken
     own: Any  # a function that makes it without a rate, or None
     governs: bool = False  # an instance: its own rate, whatever rate is given
 
-    def keeps_own(self, rate: Any) -> bool:
+    def keeps_own(self, rate: OneRate) -> bool:
         """Tell whether the rate that is given has no effect."""
         return self.factory is None or (rate is None and self.own is not None)
 
@@ -113,7 +111,7 @@ class Groups:
     def _tables(self) -> dict[str, Table]:
         return {"optimizer": self.makers, "learning_rate": self.rates}
 
-    def _of(self, names: Sequence[str]) -> list[tuple[Maker, Any]]:
+    def _of(self, names: Sequence[str]) -> list[tuple[Maker, OneRate]]:
         """Return the optimizer and the rate of each parameter, all of them matched."""
         makers, rates = (table.match(names) for table in self._tables.values())
         return [
@@ -194,7 +192,7 @@ class Groups:
         key = None if self.rates.patterns is None else self.rates.keys[place]
         return with_rate(self.call, build, self.rates.values[place], self.decay_fn, key)
 
-    def _by_optimizer(self, rate: Any, pack_size: int) -> Transform:
+    def _by_optimizer(self, rate: OneRate, pack_size: int) -> Transform:
         """Return the groups by optimizer, made at one rate."""
 
         def made(maker: Maker) -> Transform:
@@ -213,7 +211,7 @@ class Groups:
         return partition(members)
 
 
-Members = tuple[dict[Any, Any], list[str]]
+Members = tuple[dict[Any, Transform], list[str]]
 
 
 def partition(members: Callable[[Sequence[str]], Members]) -> Transform:
@@ -238,7 +236,7 @@ def partition(members: Callable[[Sequence[str]], Members]) -> Transform:
     return Transform(init, update)
 
 
-def _check_pair(where: str, name: str, maker: Maker, rate: Any) -> None:
+def _check_pair(where: str, name: str, maker: Maker, rate: OneRate) -> None:
     """Refuse a rate for what takes none, and none for what takes one."""
     if maker.factory is None and rate is not None and not maker.governs:
         raise refusal(

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from optloss.mesh import Axes, AxisName, axes_of, reduce_over_mesh, varying_axes
 from optloss.messages import check_axis_name
 from optloss.trees import inexact_leaves, norm_dtype
 from optloss.typing import PyTree
 
-DType: TypeAlias = np.dtype[Any]
+DType: TypeAlias = np.dtype[np.generic]
+Part: TypeAlias = jax.Array | np.ndarray
 
 # A sixteenth of an octave is narrower than a bucket: it holds at most one limit.
 CELL_BITS = 4
@@ -61,14 +63,14 @@ class Histogram:
 
     def __init__(
         self,
-        min: Any,
-        max: Any,
-        num: Any,
-        sum: Any,
-        sum_squares: Any,
-        nonfinite: Any,
-        bucket_limits: Any,
-        bucket_counts: Any,
+        min: Part,
+        max: Part,
+        num: Part,
+        sum: Part,
+        sum_squares: Part,
+        nonfinite: Part,
+        bucket_limits: Part | None,
+        bucket_counts: Part,
     ) -> None:
         """Keep the parts."""
         self._parts: Sequence[Any] = (
@@ -88,40 +90,47 @@ class Histogram:
         return tuple(np.shape(self.min))
 
     @property
-    def min(self) -> Any:
+    def min(self) -> Part:
         """The smallest finite value."""
-        return self._parts[0]
+        smallest: Part = self._parts[0]
+        return smallest
 
     @property
-    def max(self) -> Any:
+    def max(self) -> Part:
         """The largest finite value."""
-        return self._parts[1]
+        largest: Part = self._parts[1]
+        return largest
 
     @property
-    def num(self) -> Any:
+    def num(self) -> Part:
         """How many values are finite."""
-        return self._parts[2]
+        count: Part = self._parts[2]
+        return count
 
     @property
-    def sum(self) -> Any:
+    def sum(self) -> Part:
         """Their sum."""
-        return self._parts[3]
+        total: Part = self._parts[3]
+        return total
 
     @property
-    def sum_squares(self) -> Any:
+    def sum_squares(self) -> Part:
         """The sum of their squares."""
-        return self._parts[4]
+        total: Part = self._parts[4]
+        return total
 
     @property
-    def nonfinite(self) -> Any:
+    def nonfinite(self) -> Part:
         """How many values are NaN or infinite."""
-        return self._parts[5]
+        count: Part = self._parts[5]
+        return count
 
     @property
-    def bucket_limits(self) -> Any:
+    def bucket_limits(self) -> Part:
         """Where the buckets end."""
-        if self._parts[6] is not None:
-            return self._parts[6]
+        given: Part | None = self._parts[6]
+        if given is not None:
+            return given
         smallest = self.min
         limits = bucket_limits(smallest.dtype)
         limits = np.broadcast_to(limits, (*np.shape(smallest), len(limits)))
@@ -133,11 +142,12 @@ class Histogram:
             return jnp.asarray(limits)
 
     @property
-    def bucket_counts(self) -> Any:
+    def bucket_counts(self) -> Part:
         """How many values lie in each bucket."""
-        return self._parts[7]
+        counts: Part = self._parts[7]
+        return counts
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Part]:
         """Yield the eight parts, in the order of the arguments."""
         yield from (self.min, self.max, self.num, self.sum, self.sum_squares)
         yield from (self.nonfinite, self.bucket_limits, self.bucket_counts)
@@ -227,7 +237,7 @@ def _nothing(dtype: DType) -> _Tally:
 
 
 @functools.cache
-def _positive_limits() -> np.ndarray[Any, np.dtype[np.float64]]:
+def _positive_limits() -> np.ndarray:
     # Multiplied up, not a power of 1.1: only so the limits are TensorFlow's to the bit.
     limits = [1e-12]
     while limits[-1] * 1.1 < 1e20:
@@ -235,7 +245,7 @@ def _positive_limits() -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array(limits)
 
 
-def bucket_limits(dtype: Any) -> np.ndarray[Any, Any]:
+def bucket_limits(dtype: DTypeLike) -> np.ndarray:
     """Return TensorBoard's limits, increasing, the largest float of ``dtype`` last."""
     positive = np.append(_positive_limits(), jnp.finfo(dtype).max)
     return np.concatenate([-positive[::-1], [0.0], positive]).astype(dtype)
@@ -244,8 +254,8 @@ def bucket_limits(dtype: Any) -> np.ndarray[Any, Any]:
 class _Table(NamedTuple):
     """Where a magnitude stands among the positive limits, by its bits."""
 
-    edges: np.ndarray[Any, Any]  # bits of the limits, then the largest integer
-    below: np.ndarray[Any, Any]  # how many limits lie below each cell
+    edges: np.ndarray  # bits of the limits, then the largest integer
+    below: np.ndarray  # how many limits lie below each cell
     first: int  # number of the first cell
     shift: int  # from bits to the number of the cell
 

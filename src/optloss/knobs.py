@@ -1,7 +1,7 @@
 """A knob of a transform: a number, a traced scalar, or a function of the step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ from optloss.messages import (
     is_real_scalar,
     short_repr,
 )
+from optloss.typing import Scalar, Schedule
 
 SCHEDULE = "a schedule, a function step -> rate"
 KNOB = "a function of the step"
 
 
-def is_schedule(value: Any) -> bool:
+def is_schedule(value: object) -> TypeGuard[Schedule]:
     """Tell whether ``value`` is a function of the step."""
     return callable(value) and not isinstance(value, type)
 
@@ -26,7 +27,7 @@ def is_schedule(value: Any) -> bool:
 def check_knob(
     call: str,
     argument: str,
-    value: Any,
+    value: object,
     accept: Callable[[float], bool],
     requirement: str,
 ) -> None:
@@ -37,26 +38,29 @@ def check_knob(
         check_number(call, argument, value, accept, requirement)
 
 
-def value_at(call: str, argument: str, knob: Any, step: jax.Array) -> Any:
+def value_at(
+    call: str, argument: str, knob: Scalar | Schedule, step: jax.Array
+) -> Scalar:
     """Return what ``knob`` is at ``step``."""
-    if not is_schedule(knob):
+    if not callable(knob):
         return knob
     return check_scalar(call, argument, knob, knob(step))
 
 
-def check_schedule(call: str, argument: str, knob: Any) -> None:
+def check_schedule(call: str, argument: str, knob: object) -> None:
     """Refuse a function of the step that computes no real scalar."""
+    if not is_schedule(knob):
+        return
+    check_callable(call, argument, knob, 1, KNOB)
 
     def compute(step: jax.Array) -> tuple[()]:
         value_at(call, argument, knob, step)
         return ()
 
-    if is_schedule(knob):
-        check_callable(call, argument, knob, 1, KNOB)
-        jax.eval_shape(compute, jax.ShapeDtypeStruct((), jnp.int32))
+    jax.eval_shape(compute, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def check_scalar(call: str, argument: str, fn: Any, result: Any) -> Any:
+def check_scalar(call: str, argument: str, fn: object, result: object) -> Scalar:
     """Refuse what a schedule or decay function returned unless it is a real scalar."""
     if not is_real_scalar(result):
         raise argument_error(

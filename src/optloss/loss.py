@@ -1,7 +1,7 @@
 """Calling the loss and the update ops, and checking what they return."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +10,24 @@ import jax.numpy as jnp
 from optloss.messages import quoted, refusal, short_repr, signature_of
 from optloss.names import leaf_names
 from optloss.trees import keep_dtypes
-from optloss.typing import PyTree
+from optloss.typing import Loss, PyTree, UpdateOp
 
 
 class Outcome(NamedTuple):
     """What the loss returned, taken apart."""
 
-    loss: Any  # float []; None if apply_gradients was given none
-    model_state: Any
-    aux: Any
+    loss: PyTree  # float []; None if apply_gradients was given none
+    model_state: PyTree
+    aux: PyTree
 
 
 def call_loss(
-    loss: Callable[..., Any],
-    params: Any,
-    model_state: Any,
+    loss: Loss,
+    params: PyTree,
+    model_state: PyTree,
     ops_follow: bool,
-    args: Any,
-    kwargs: Any,
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
 ) -> Outcome:
     """Call the loss as the contract says, and refuse a result that does not fit it.
 
@@ -64,7 +64,12 @@ def _results(count: int) -> str:
     return "1 result" if count == 1 else f"{count} results"
 
 
-def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> None:
+def _check_arguments(
+    loss: Loss,
+    arguments: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
+    stateful: bool,
+) -> None:
     try:
         signature = inspect.signature(loss)
     except (TypeError, ValueError):
@@ -88,7 +93,7 @@ def _check_arguments(loss: Any, arguments: Any, kwargs: Any, stateful: bool) -> 
         ) from error
 
 
-def real_scalar(call: str, loss: Any) -> jax.Array:
+def real_scalar(call: str, loss: PyTree) -> jax.Array:
     """Return the loss, a real floating scalar, as an array."""
     if isinstance(loss, float):
         loss = jnp.asarray(loss, jnp.float32)
@@ -106,7 +111,7 @@ def run_projection(projection: Callable[[PyTree], PyTree], params: PyTree) -> Py
     """Return ``projection(params)`` in the dtypes of ``params``."""
     made = projection(params)
     who = f"optimize_loss(projection={short_repr(projection)})"
-    structure: PyTree = jax.tree.structure(made)
+    structure: Any = jax.tree.structure(made)
     if structure != jax.tree.structure(params):
         raise refusal(
             who,
@@ -126,8 +131,8 @@ def run_projection(projection: Callable[[PyTree], PyTree], params: PyTree) -> Py
 
 
 def run_update_ops(
-    ops: Sequence[Callable[..., Any]], model_state: Any, context: Any
-) -> Any:
+    ops: Sequence[UpdateOp], model_state: PyTree, context: PyTree
+) -> PyTree:
     """Return ``model_state`` after each of ``ops``, in order."""
     for op in ops:
         made = op(model_state, context)
@@ -136,7 +141,9 @@ def run_update_ops(
     return model_state
 
 
-def like_before(who: str, new: Any, old: Any, call: str = "optimize_loss") -> Any:
+def like_before(
+    who: str, new: PyTree, old: PyTree, call: str = "optimize_loss"
+) -> PyTree:
     """Return ``new`` in strong types; refuse another structure, shape or dtype.
 
     ``who`` begins the message: "the loss returned", for example.
@@ -159,7 +166,7 @@ def like_before(who: str, new: Any, old: Any, call: str = "optimize_loss") -> An
     )
 
 
-def _like_leaf(call: str, who: str, path: str, new: Any, old: Any) -> Any:
+def _like_leaf(call: str, who: str, path: str, new: PyTree, old: PyTree) -> PyTree:
     if isinstance(new, (bool, int, float, complex)):
         new = jnp.asarray(new)
     found = (getattr(new, "shape", None), getattr(new, "dtype", None))

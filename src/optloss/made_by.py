@@ -25,7 +25,7 @@ def name_of(transform: optax.GradientTransformation) -> str:
     return f"{_package(root(transform.update))}{_plain_name(transform)}"
 
 
-def _package(function: Callable[..., Any]) -> str:
+def _package(function: Callable[..., object]) -> str:
     module = getattr(function, "__module__", None) or ""
     return "optax." if module.split(".")[0] == "optax" else ""
 
@@ -51,13 +51,13 @@ def _parts(closure: dict[str, Any]) -> list[optax.GradientTransformation]:
     return [part for _, part in closure.get("transforms", ())]
 
 
-def _maker(function: Callable[..., Any]) -> str:
+def _maker(function: Callable[..., object]) -> str:
     name: str = getattr(root(function), "__qualname__", "").split(".<locals>")[0]
     outer = name.split(".")[0]
     return "" if outer == "<lambda>" else outer
 
 
-def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+def _closure(function: Callable[..., object]) -> dict[str, Any]:
     code = getattr(function, "__code__", None)
     cells = getattr(function, "__closure__", None)
     if code is None or cells is None:

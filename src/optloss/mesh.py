@@ -16,25 +16,36 @@ than it was given in: Explicit axes forbid that by type, with Auto axes XLA is f
 do it unless told.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer  # not in jax.typing or jax itself up to 0.12
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+)
+from jax.typing import DTypeLike
+
+from optloss.typing import PyTree
+
+T = TypeVar("T")
 
 Axes = tuple[str, ...]
 AxisName = str | Axes | None
-Path = tuple[Any, ...]
+Path = tuple[Hashable, ...]
 
 
-def is_traced(value: Any) -> TypeGuard[jax.Array]:
+def is_traced(value: object) -> TypeGuard[jax.Array]:
     """Tell whether ``value`` is known by its type alone."""
     return isinstance(value, Tracer)
 
 
-def is_deleted(leaf: Any) -> bool:
+def is_deleted(leaf: object) -> bool:
     """Tell whether ``leaf`` is an array whose buffer was donated or deleted."""
     return isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted()
 
@@ -47,15 +58,15 @@ def axes_of(axis_name: AxisName) -> Axes:
 # Explicit axes
 
 
-def explicit_sharding(like: jax.Array) -> Any:
+def explicit_sharding(like: jax.Array) -> NamedSharding | None:
     """Return the sharding that the type of ``like`` tells, None if it tells none."""
     sharding = jax.typeof(like).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def explicit_axes(tree: Any) -> tuple[Any, Axes]:
+def explicit_axes(tree: PyTree) -> tuple[AbstractMesh | None, Axes]:
     """Return the mesh and the Explicit axes that a leaf of ``tree`` is sharded over."""
-    found: dict[str, Any] = {}
+    found: dict[str, AbstractMesh] = {}
     for leaf in jax.tree.leaves(tree):
         mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -65,7 +76,7 @@ def explicit_axes(tree: Any) -> tuple[Any, Axes]:
     return next(iter(found.values()), None), tuple(found)
 
 
-def reduce_over_mesh(fn: Callable[[Any, Axes], Any], tree: Any, axes: Axes) -> Any:
+def reduce_over_mesh(fn: Callable[[PyTree, Axes], T], tree: PyTree, axes: Axes) -> T:
     """Return ``fn(tree, axes)``, whose result is the same on all devices.
 
     ``fn`` reduces what a device holds and combines the results along the axes it is
@@ -76,7 +87,7 @@ def reduce_over_mesh(fn: Callable[[Any, Axes], Any], tree: Any, axes: Axes) -> A
     if not explicit:
         return fn(tree, axes)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
-    spread: Callable[[Any], Any] = jax.shard_map(
+    spread: Callable[[PyTree], T] = jax.shard_map(
         lambda tree: fn(tree, (*axes, *explicit)),
         mesh=mesh,
         in_specs=(specs,),
@@ -99,13 +110,13 @@ def manual_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def varying(leaf: Any) -> frozenset[str]:
+def varying(leaf: PyTree) -> frozenset[str]:
     """Return the manual axes that ``leaf`` may differ over."""
     # Up to jax 0.9 this was jax.typeof(leaf).vma.
     return frozenset(jax.typeof(leaf).manual_axis_type.varying)
 
 
-def varying_axes(tree: Any, axes: Axes) -> Axes:
+def varying_axes(tree: PyTree, axes: Axes) -> Axes:
     """Return those of the manual ``axes`` over which a leaf of ``tree`` is sharded.
 
     Where types say nothing (``pmap``, ``shard_map`` with ``check_vma=False``), all of
@@ -119,7 +130,7 @@ def varying_axes(tree: Any, axes: Axes) -> Axes:
     return tuple(axis for axis in axes if axis in own)
 
 
-def _varying_together(leaves: Sequence[Any]) -> frozenset[str]:
+def _varying_together(leaves: Sequence[PyTree]) -> frozenset[str]:
     return frozenset().union(*map(varying, leaves))
 
 
@@ -151,31 +162,34 @@ def mean_of_devices(value: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def cond_on_mesh(
-    pred: jax.Array, on_true: Callable[[], Any], on_false: Callable[[], Any]
-) -> Any:
+    pred: jax.Array, on_true: Callable[[], T], on_false: Callable[[], T]
+) -> T:
     """Return ``on_true()`` if ``pred``, else ``on_false()``: ``jax.lax.cond``.
 
     That refuses branches of which one is replicated where the other is sharded, which
     under ``shard_map`` are different types. Here the result counts as sharded then.
     """
+    chosen: T
     if not manual_axes():
-        return jax.lax.cond(pred, on_true, on_false)
+        chosen = jax.lax.cond(pred, on_true, on_false)
+        return chosen
     over = jax.tree.map(
         lambda *leaves: _varying_together(leaves),
         jax.eval_shape(on_true),
         jax.eval_shape(on_false),
     )
-    return jax.lax.cond(
+    chosen = jax.lax.cond(
         pred,
         lambda: jax.tree.map(vary_over, on_true(), over),
         lambda: jax.tree.map(vary_over, on_false(), over),
     )
+    return chosen
 
 
 # Placement
 
 
-def shard_state(state: Any, params: Any) -> Any:
+def shard_state(state: PyTree, params: PyTree) -> PyTree:
     """Return ``state`` with its leaves placed to match ``params``.
 
     A leaf of the state mirrors a parameter if its path ends with the parameter's and
@@ -185,19 +199,20 @@ def shard_state(state: Any, params: Any) -> Any:
     mirrored = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     home = _home(mirrored.values())
 
-    def place(path: Path, leaf: Any) -> Any:
+    def place(path: Path, leaf: PyTree) -> PyTree:
         parameter = _mirrored(path, leaf, mirrored)
         if is_traced(leaf):
             return _place_traced(leaf, parameter, home)
         if home is None or not isinstance(leaf, jax.Array):
             return leaf
-        beside = _is_committed(parameter)
-        return _put(leaf, parameter.sharding if beside else _everywhere(home, leaf))
+        if _is_committed(parameter):
+            return _put(leaf, parameter.sharding)
+        return _put(leaf, _everywhere(home, leaf))
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def put_like(new: jax.Array, old: Any) -> jax.Array:
+def put_like(new: jax.Array, old: PyTree) -> jax.Array:
     """Return ``new`` on the devices of ``old``; elsewhere it costs a compilation."""
     if is_traced(new) or is_traced(old) or not _is_committed(old):
         return new
@@ -205,13 +220,13 @@ def put_like(new: jax.Array, old: Any) -> jax.Array:
     return placed
 
 
-def _put(leaf: Any, sharding: Any) -> Any:
+def _put(leaf: jax.Array, sharding: Sharding) -> jax.Array:
     # The same placement may be written in two ways, which jit takes for different.
     same = leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     return jax.device_put(leaf, sharding) if same or not leaf.committed else leaf
 
 
-def _home(parameters: Any) -> Any:
+def _home(parameters: Iterable[jax.Array]) -> Sharding | None:
     """Return the sharding of the first parameter that says where it is."""
     for leaf in parameters:
         if is_traced(leaf):
@@ -223,7 +238,7 @@ def _home(parameters: Any) -> Any:
     return None
 
 
-def _everywhere(home: Any, leaf: Any) -> Any:
+def _everywhere(home: Sharding, leaf: jax.Array) -> Sharding:
     if not isinstance(home, NamedSharding):
         return home
     # A step returns the long form under Explicit axes, the short one under Auto axes.
@@ -231,7 +246,9 @@ def _everywhere(home: Any, leaf: Any) -> Any:
     return NamedSharding(home.mesh, PartitionSpec(*[None] * leaf.ndim * explicit))
 
 
-def _mirrored(path: Path, leaf: Any, parameters: dict[Path, Any]) -> Any:
+def _mirrored(
+    path: Path, leaf: jax.Array, parameters: dict[Path, jax.Array]
+) -> jax.Array | None:
     for start in range(len(path) + 1):
         parameter = parameters.get(path[start:])
         if parameter is not None and parameter.shape == leaf.shape:
@@ -239,17 +256,20 @@ def _mirrored(path: Path, leaf: Any, parameters: dict[Path, Any]) -> Any:
     return None
 
 
-def _place_traced(leaf: Any, parameter: Any, home: Any) -> Any:
+def _place_traced(
+    leaf: jax.Array, parameter: jax.Array | None, home: Sharding | None
+) -> jax.Array:
     if home is not None:
         beside = parameter is not None
         sharding = jax.typeof(parameter).sharding if beside else _everywhere(home, leaf)
-        return jax.sharding.reshard(leaf, sharding)
+        spread: jax.Array = jax.sharding.reshard(leaf, sharding)
+        return spread
     if parameter is None or parameter is leaf:
         return leaf
     return jnp.where(_never(parameter), jnp.ones((), leaf.dtype), leaf)
 
 
-def zeros_like(leaf: jax.Array, dtype: Any) -> jax.Array:
+def zeros_like(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return zeros that are spread as the traced ``leaf`` is."""
     zeros = jnp.zeros_like(leaf, dtype)
     return vary_over(jnp.where(_never(leaf), jnp.ones((), dtype), zeros), varying(leaf))
@@ -261,7 +281,7 @@ def _never(leaf: jax.Array) -> jax.Array:
     return jnp.abs(leaf) < 0
 
 
-def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:
+def kept_shardings(state: PyTree, params: PyTree) -> tuple[Sharding, ...] | None:
     """Return the shardings, one a leaf, in which a step has to return ``state``.
 
     ``None`` where nothing has to be said: without a mesh, or with Explicit axes alone.
@@ -278,7 +298,7 @@ def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:
     )
 
 
-def shard_like(tree: Any, like: Any, shardings: Any = None) -> Any:
+def shard_like(tree: PyTree, like: PyTree, shardings: PyTree = None) -> PyTree:
     """Return the traced ``tree`` with each leaf in the sharding of its like.
 
     With Explicit axes the type of the like tells. With Auto axes nothing does while
@@ -288,13 +308,13 @@ def shard_like(tree: Any, like: Any, shardings: Any = None) -> Any:
     if shardings is not None:
         return jax.lax.with_sharding_constraint(tree, shardings)
 
-    def constrain(leaf: Any, other: Any) -> Any:
+    def constrain(leaf: jax.Array, other: jax.Array) -> jax.Array:
         sharding = explicit_sharding(other) if is_traced(leaf) else None
         return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
 
     return jax.tree.map(constrain, tree, like)
 
 
-def _is_committed(leaf: Any) -> bool:
+def _is_committed(leaf: object) -> TypeGuard[jax.Array]:
     # jax.Array.committed is public since 0.5; tracers and NumPy arrays have none.
     return bool(getattr(leaf, "committed", False))

@@ -16,13 +16,15 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from optloss.mesh import is_deleted
+from optloss.typing import PyTree, Scalar
 
 MOST_SHOWN = 60
 MOST_OF_A_NAME = 120
@@ -39,7 +41,7 @@ BRACKETS: dict[type, tuple[str, str]] = {
 }
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """Return a short text: arrays by dtype and shape, functions by their names."""
     return _cut(" ".join(_words(value, 0).split()), MOST_SHOWN)
 
@@ -49,7 +51,7 @@ def short_text(text: str) -> str:
     return _cut(" ".join(text.split()), MOST_OF_A_NAME)
 
 
-def quoted(name: Any) -> str:
+def quoted(name: object) -> str:
     """Return the ``repr`` of a name, a pattern or a tag, cut where it is very long."""
     if not isinstance(name, str):
         return short_repr(name)
@@ -60,7 +62,7 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _words(value: Any, depth: int) -> str:
+def _words(value: object, depth: int) -> str:
     """Return ``repr(value)`` without the numbers of arrays, which may be gigabytes."""
     if depth > DEEPEST_SHOWN:
         return "..."
@@ -70,13 +72,13 @@ def _words(value: Any, depth: int) -> str:
         return f"<{type(value).__name__}>"
 
 
-def _container(value: Any, depth: int) -> str | None:
+def _container(value: PyTree, depth: int) -> str | None:
     kind: type = type(value)
     if isinstance(value, functools.partial):
         return _words(value.func, depth + 1) + _fields(
             [*((None, entry) for entry in value.args), *value.keywords.items()], depth
         )
-    names: Any = getattr(value, "_fields", None)
+    names: PyTree = getattr(value, "_fields", None)
     if issubclass(kind, tuple) and names is not None:
         return kind.__name__ + _fields(zip(names, value, strict=True), depth)
     if kind is dict:
@@ -93,7 +95,7 @@ def _container(value: Any, depth: int) -> str | None:
     return f"{start}{inner}{comma}{end}"
 
 
-def _fields(pairs: Iterable[tuple[str | None, Any]], depth: int) -> str:
+def _fields(pairs: Iterable[tuple[str | None, object]], depth: int) -> str:
     texts = (
         f"{name}={_words(entry, depth + 1)}" if name else _words(entry, depth + 1)
         for name, entry in pairs
@@ -113,7 +115,7 @@ def _joined(texts: Iterable[str]) -> str:
     return ", ".join(shown)
 
 
-def _single(value: Any) -> str:
+def _single(value: object) -> str:
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if type(value) is int and abs(value) > LARGEST_SHOWN:
@@ -134,10 +136,10 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def _place(function: Any) -> str:
+def _place(function: object) -> str:
     """Return where a lambda stands in the source, which is all that names it."""
     code = getattr(function, "__code__", None)
-    if function.__name__ != "<lambda>" or code is None:
+    if getattr(function, "__name__", None) != "<lambda>" or code is None:
         return ""
     return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
@@ -154,31 +156,31 @@ def refusal(call: str, problem: str) -> ValueError:
     return ValueError(text)
 
 
-def argument_error(call: str, argument: str, value: Any, problem: str) -> ValueError:
+def argument_error(call: str, argument: str, value: object, problem: str) -> ValueError:
     """Return the error that refuses ``call(argument=value)`` because of ``problem``."""
     return refusal(f"{call}({argument}={short_repr(value)})", problem)
 
 
-def is_array(value: Any) -> TypeGuard[jax.Array]:
+def is_array(value: object) -> TypeGuard[jax.Array]:
     """Tell whether ``value`` is a NumPy or JAX array, traced ones included."""
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def is_real(dtype: Any) -> bool:
+def is_real(dtype: DTypeLike) -> bool:
     """Tell whether ``dtype`` is that of integers or real floating numbers."""
     return bool(
         jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Tell whether ``value`` is a real Python or NumPy number; a bool is none."""
     if isinstance(value, np.generic):
         return is_real(value.dtype)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_real_scalar(value: Any) -> bool:
+def is_real_scalar(value: object) -> TypeGuard[Scalar]:
     """Tell whether ``value`` is a number, or a 0-d array of a real dtype."""
     return is_number(value) or (
         is_array(value)
@@ -191,7 +193,7 @@ def is_real_scalar(value: Any) -> bool:
 def check_number(
     call: str,
     argument: str,
-    value: Any,
+    value: object,
     accept: Callable[[float], bool],
     requirement: str,
 ) -> None:
@@ -202,13 +204,14 @@ def check_number(
     if is_deleted(value):
         problem = "was deleted when it was donated to an earlier call."
         raise argument_error(call, argument, value, problem)
+    if is_real_scalar(value) and _is_accepted(accept, value):
+        return
     real = is_real_scalar(value)
-    if not (real and _is_accepted(accept, value)):
-        shown = value[()] if real and isinstance(value, np.ndarray) else value
-        raise argument_error(call, argument, shown, f"must be {requirement}")
+    shown = value[()] if real and isinstance(value, np.ndarray) else value
+    raise argument_error(call, argument, shown, f"must be {requirement}")
 
 
-def _is_accepted(accept: Callable[[float], bool], value: Any) -> bool:
+def _is_accepted(accept: Callable[[float], bool], value: Scalar) -> bool:
     if isinstance(value, jax.Array):
         return True
     with contextlib.suppress(OverflowError):
@@ -219,26 +222,29 @@ def _is_accepted(accept: Callable[[float], bool], value: Any) -> bool:
 def check_int(
     call: str,
     argument: str,
-    value: Any,
+    value: object,
     least: int,
     requirement: str,
     most: int | None = None,
 ) -> int:
     """Return ``value`` as an int, unless it is none of at least ``least``."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        raise argument_error(call, argument, value, f"must be {requirement}")
-    return int(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        number = int(value)
+        if number >= least and (most is None or number <= most):
+            return number
+    raise argument_error(call, argument, value, f"must be {requirement}")
 
 
-def check_bool(call: str, argument: str, value: Any) -> bool:
+def check_bool(call: str, argument: str, value: object) -> bool:
     """Return ``value`` unless it is neither ``True`` nor ``False``."""
     if not isinstance(value, bool):
         raise argument_error(call, argument, value, "must be True or False.")
     return value
 
 
-def check_choice(call: str, argument: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(
+    call: str, argument: str, value: object, choices: Iterable[str]
+) -> None:
     """Refuse ``value`` unless it is one of the texts ``choices``."""
     known = [*choices]
     if not isinstance(value, str) or value not in known:
@@ -247,7 +253,7 @@ def check_choice(call: str, argument: str, value: Any, choices: Iterable[str]) -
         raise argument_error(call, argument, value, problem)
 
 
-def check_axis_name(call: str, axis_name: Any) -> None:
+def check_axis_name(call: str, axis_name: object) -> None:
     """Refuse ``axis_name`` unless it is a str, a tuple of them or ``None``."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(name, str) for name in names):
@@ -257,7 +263,7 @@ def check_axis_name(call: str, axis_name: Any) -> None:
         raise argument_error(call, "axis_name", axis_name, "names an axis twice.")
 
 
-def check_key(call: str, argument: str, key: Any) -> None:
+def check_key(call: str, argument: str, key: object) -> None:
     """Refuse ``key`` unless it is a seed, a typed key or a raw uint32 key."""
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         good = -(2**63) <= key < 2**64
@@ -275,7 +281,7 @@ def check_key(call: str, argument: str, key: Any) -> None:
 def check_callable(
     call: str,
     argument: str,
-    fn: Any,
+    fn: object,
     arguments: int,
     signature: str,
     *,
@@ -298,7 +304,7 @@ def check_callable(
         raise argument_error(call, argument, fn, problem)
 
 
-def signature_of(fn: Callable[..., Any]) -> str:
+def signature_of(fn: Callable[..., object]) -> str:
     """Return the signature of ``fn`` in words, "(...)" where it cannot be told."""
     try:
         return _cut(str(inspect.signature(fn)), MOST_OF_A_NAME)
@@ -307,7 +313,7 @@ def signature_of(fn: Callable[..., Any]) -> str:
 
 
 def takes(
-    fn: Callable[..., Any],
+    fn: Callable[..., object],
     arguments: int,
     *,
     more: bool = False,
@@ -326,7 +332,7 @@ def takes(
     return True
 
 
-def listing(names: Iterable[Any], most: int = 10) -> str:
+def listing(names: Iterable[object], most: int = 10) -> str:
     """Return the sorted ``names`` quoted and joined, cut after ``most``."""
     ordered = sorted(
         name if isinstance(name, str) else short_repr(name) for name in names

@@ -12,7 +12,7 @@ and one that earlier patterns leave nothing to, are errors.
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import jax
 
@@ -26,17 +26,17 @@ from optloss.messages import (
     short_repr,
 )
 from optloss.trees import is_float8, is_inexact
-from optloss.typing import Pattern
+from optloss.typing import Pattern, PyTree, Variables
 
-Predicate = Callable[[str, Any], bool]
+Predicate = Callable[[str, jax.Array], bool]
 
 
-def is_pattern(value: Any) -> bool:
+def is_pattern(value: object) -> TypeGuard[Pattern]:
     """Tell whether ``value`` is a name, a glob or a compiled regular expression."""
     return isinstance(value, (str, re.Pattern))
 
 
-def leaf_names(tree: Any) -> list[str]:
+def leaf_names(tree: PyTree) -> list[str]:
     """Return the name of every leaf of ``tree``, in the order of ``jax.tree.leaves``.
 
     >>> leaf_names({"dense": {"kernel": 0.0, "bias": 0.0}, "scales": [1.0, 2.0]})
@@ -52,25 +52,25 @@ def leaf_names(tree: Any) -> list[str]:
     return names
 
 
-def _is_nnx_variable(node: Any) -> bool:
+def _is_nnx_variable(node: object) -> bool:
     return any(
         base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
         for base in type(node).__mro__
     )
 
 
-def _join(path: Iterable[Any]) -> str:
+def _join(path: Iterable[object]) -> str:
     return "/".join(_segment(key) for key in path)
 
 
-def _segment(key: Any) -> str:
+def _segment(key: object) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
 
 
-def check_names(call: str, params: Any) -> None:
+def check_names(call: str, params: PyTree) -> None:
     """Refuse ``params`` if two of its leaves have the same name."""
     first: dict[str, int] = {}
     for i, name in enumerate(leaf_names(params)):
@@ -177,7 +177,7 @@ def _suggest(text: str, names: Sequence[str]) -> str:
     return f"The parameters are {listing(names)}." if names else "There are none."
 
 
-def check_variables(call: str, variables: Any) -> Any:
+def check_variables(call: str, variables: Variables) -> Variables:
     """Return ``variables`` unless it is empty or nothing that can select parameters."""
     if is_pattern_list(variables) and not variables:
         raise argument_error(
@@ -206,7 +206,7 @@ def check_variables(call: str, variables: Any) -> Any:
     return variables
 
 
-def select(call: str, variables: Any, params: Any) -> list[bool]:
+def select(call: str, variables: Variables, params: PyTree) -> list[bool]:
     """Return, for each leaf of ``params``, whether ``variables`` has it trained.
 
     ``variables`` is a pattern, a list of patterns, a predicate ``(name, leaf) ->
@@ -241,7 +241,11 @@ def select(call: str, variables: Any, params: Any) -> list[bool]:
 
 
 def _choose(
-    call: str, variables: Any, params: Any, names: list[str], leaves: list[Any]
+    call: str,
+    variables: Variables,
+    params: PyTree,
+    names: list[str],
+    leaves: list[PyTree],
 ) -> list[bool]:
     if variables is None:
         return [True] * len(names)
@@ -249,7 +253,9 @@ def _choose(
         return _mask_leaves(call, variables, params, names)
     if callable(variables):
         return [bool(variables(*pair)) for pair in zip(names, leaves, strict=True)]
-    patterns = [variables] if is_pattern(variables) else list(variables)
+    patterns = (
+        [variables] if isinstance(variables, (str, re.Pattern)) else list(variables)
+    )
     for pattern in sorted(patterns, key=str):
         first_match(f"{call}, variables", [pattern], names)
     return [
@@ -257,14 +263,14 @@ def _choose(
     ]
 
 
-def is_pattern_list(value: Any) -> bool:
+def is_pattern_list(value: object) -> bool:
     """Tell whether ``value`` is a list, tuple or set of names and patterns."""
     return isinstance(value, (list, tuple, set, frozenset)) and all(
         is_pattern(entry) for entry in value
     )
 
 
-def is_mask(value: Any) -> bool:
+def is_mask(value: object) -> bool:
     """Tell whether ``value`` is a tree of bools; a module of them may be callable."""
     if isinstance(value, Iterator):  # which JAX would take for a leaf
         return False
@@ -275,7 +281,9 @@ def is_mask(value: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
 
 
-def _mask_leaves(call: str, mask: Any, params: Any, names: list[str]) -> list[bool]:
+def _mask_leaves(
+    call: str, mask: PyTree, params: PyTree, names: list[str]
+) -> list[bool]:
     # By name, not by structure: an nnx State meets its own plain arrays in an update.
     if leaf_names(mask) != names:
         raise argument_error(

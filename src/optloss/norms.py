@@ -22,7 +22,7 @@ References:
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from optloss.trees import inexact_leaves, norm_dtype
 from optloss.typing import PyTree
 
 Leaves: TypeAlias = list[jax.Array]
-DType: TypeAlias = np.dtype[Any]
+DType: TypeAlias = np.dtype[np.generic]
 
 
 def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:

@@ -1,48 +1,59 @@
 """The two calls: ``optimize_loss`` makes a step, ``make_optimizer`` its chain alone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import optax
 
 from optloss.averages import Decay
 from optloss.chain import Chain
-from optloss.gradients import ValueAndGrad
 from optloss.loss_scale import LossScale
 from optloss.mesh import AxisName
 from optloss.summaries import Asked
 from optloss.train_op import TrainOp
-from optloss.typing import PyTree
+from optloss.typing import (
+    Clip,
+    DecayFn,
+    LearningRate,
+    Loss,
+    Multipliers,
+    NoiseScale,
+    Optimizer,
+    Params,
+    Summaries,
+    UpdateOp,
+    ValueAndGrad,
+    Variables,
+)
 
 
 def optimize_loss(
-    loss: Callable[..., Any],
-    global_step: Any,
-    learning_rate: Any,
-    optimizer: Any,
-    gradient_noise_scale: Any = None,
-    gradient_multipliers: Any = None,
-    clip_gradients: Any = None,
-    learning_rate_decay_fn: Any = None,
-    update_ops: Sequence[Callable[..., Any]] | None = None,
-    variables: Any = None,
+    loss: Loss,
+    global_step: int | jax.Array | None,
+    learning_rate: LearningRate,
+    optimizer: Optimizer,
+    gradient_noise_scale: NoiseScale = None,
+    gradient_multipliers: Multipliers | None = None,
+    clip_gradients: Clip = None,
+    learning_rate_decay_fn: DecayFn | None = None,
+    update_ops: Sequence[UpdateOp] | None = None,
+    variables: Variables = None,
     name: str | None = None,
-    summaries: Sequence[str] | None = None,
+    summaries: Summaries | None = None,
     colocate_gradients_with_ops: bool = False,
     increment_global_step: bool = True,
     *,
-    learning_rate_multipliers: Any = None,
+    learning_rate_multipliers: Multipliers | None = None,
     histogram_every: int = 1,
     skip_nonfinite: bool = False,
-    seed: Any = 0,
+    seed: int | jax.Array = 0,
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
     donate: bool = True,
     skip_spikes: float | None = None,
     value_and_grad: ValueAndGrad = jax.value_and_grad,
     loss_scale: float | LossScale | None = None,
-    projection: Callable[[PyTree], PyTree] | None = None,
+    projection: Callable[[Params], Params] | None = None,
     moving_average: Decay | None = None,
 ) -> TrainOp:
     r"""Make a complete, compiled training step of a loss.

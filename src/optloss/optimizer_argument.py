@@ -7,10 +7,11 @@ refused, or made the optimizer's stage of the chain.
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optloss.extra import by_signature
 from optloss.fast.packing import is_elementwise
@@ -31,11 +32,13 @@ from optloss.names import is_pattern
 from optloss.optimizers.registry import get_factory, title
 from optloss.stages import Stage
 from optloss.transforms.learning_rate import (
+    Factory,
     check_rate_number,
     check_transformation,
     inject_learning_rate,
 )
 from optloss.trees import is_transformation
+from optloss.typing import DecayFn, LearningRate, OneOptimizer, OneRate
 
 Given = Mapping[str, Any]
 
@@ -57,11 +60,11 @@ def _items(argument: str, given: Any) -> list[tuple[str, Any]]:
     return [(f"{argument}[{_key(key)!r}]", value) for key, value in given.items()]
 
 
-def _key(key: Any) -> Any:
+def _key(key: object) -> object:
     return text_of(key) if is_pattern(key) else key
 
 
-def _check_keys(call: str, argument: str, given: Any) -> None:
+def _check_keys(call: str, argument: str, given: object) -> None:
     if not isinstance(given, Mapping):
         return
     if not given:
@@ -103,7 +106,7 @@ def check_learning_rate(call: str, given: Given) -> None:
                 raise argument_error(call, argument, rate, cure)
 
 
-def _check_own_rates(call: str, argument: str, optimizer: Any) -> None:
+def _check_own_rates(call: str, argument: str, optimizer: object) -> None:
     if not all(map(_brings_its_own, values_of(optimizer))):
         cure = (
             "may be None only where the optimizer brings its own rate: with an "
@@ -112,13 +115,17 @@ def _check_own_rates(call: str, argument: str, optimizer: Any) -> None:
         raise argument_error(call, argument, None, cure)
 
 
-def _brings_its_own(optimizer: Any) -> bool:
+def _brings_its_own(
+    optimizer: object,
+) -> TypeGuard[Callable[[], optax.GradientTransformation]]:
     return is_transformation(optimizer) or (
         not isinstance(optimizer, type) and _takes(optimizer, 0)
     )
 
 
-def _takes(function: Any, arguments: int) -> bool:
+def _takes(
+    function: object, arguments: int
+) -> TypeGuard[Callable[..., optax.GradientTransformation]]:
     return callable(function) and takes(function, arguments)
 
 
@@ -161,7 +168,7 @@ def _grouped_stage(call: str, given: Given, makers: list[Maker]) -> Stage:
     return Stage(text, groups.transform(), groups=groups)
 
 
-def _rate_text(rates: Any, decay_fn: Any) -> str:
+def _rate_text(rates: LearningRate, decay_fn: DecayFn | None) -> str:
     if isinstance(rates, Mapping):
         pairs = ((_key(key), short_repr(rate)) for key, rate in rates.items())
         text = "{" + ", ".join(f"{key!r}: {rate}" for key, rate in pairs) + "}"
@@ -170,7 +177,7 @@ def _rate_text(rates: Any, decay_fn: Any) -> str:
     return text if decay_fn is None else f"{text} decayed by {short_repr(decay_fn)}"
 
 
-def _warn_of_own_rates(call: str, optimizer: Any) -> None:
+def _warn_of_own_rates(call: str, optimizer: object) -> None:
     if any(map(is_transformation, values_of(optimizer))):
         warnings.warn(
             f"{call}: the optimizer is an instance, whose own learning rate "
@@ -180,7 +187,9 @@ def _warn_of_own_rates(call: str, optimizer: Any) -> None:
         )
 
 
-def _maker(call: str, argument: str, optimizer: Any, rates: Any) -> Maker:
+def _maker(
+    call: str, argument: str, optimizer: OneOptimizer, rates: LearningRate
+) -> Maker:
     if is_transformation(optimizer):
         return Maker(name_of(optimizer), None, lambda: optimizer, governs=True)
     own = None
@@ -194,13 +203,15 @@ def _maker(call: str, argument: str, optimizer: Any, rates: Any) -> Maker:
     return Maker(text, factory, own)
 
 
-def _made_without_rate(call: str, optimizer: Callable[[], Any]) -> Any:
+def _made_without_rate(
+    call: str, optimizer: Callable[[], object]
+) -> optax.GradientTransformation:
     return check_transformation(call, optimizer())
 
 
 def _factory(
-    call: str, argument: str, optimizer: Any
-) -> tuple[Callable[..., Any], str]:
+    call: str, argument: str, optimizer: OneOptimizer
+) -> tuple[Callable[..., optax.GradientTransformation], str]:
     if isinstance(optimizer, str):
         return get_factory(call, optimizer), title(optimizer)
     if _takes(optimizer, 1):
@@ -219,7 +230,7 @@ def _factory(
     raise argument_error(call, argument, optimizer, problem)
 
 
-def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
+def _probe_factory(call: str, factory: Factory) -> None:
     names = []
 
     def build(rate: jax.Array) -> tuple[()]:
@@ -233,7 +244,9 @@ def _probe_factory(call: str, factory: Callable[..., Any]) -> None:
             raise refusal(call, INJECTED)
 
 
-def _check_result(call: str, argument: str, learning_rate: Any, decay_fn: Any) -> None:
+def _check_result(
+    call: str, argument: str, learning_rate: OneRate, decay_fn: DecayFn | None
+) -> None:
     """Refuse a decay function or a schedule that computes no real scalar."""
     if learning_rate is None:
         return
@@ -276,7 +289,7 @@ def check_pack_size(call: str, given: Given) -> None:
     raise argument_error(call, "pack_small_leaves", size, cure)
 
 
-def _can_be_packed(call: str, rate: float | None, optimizer: Any) -> bool:
+def _can_be_packed(call: str, rate: float | None, optimizer: OneOptimizer) -> bool:
     given = {
         "learning_rate": rate,
         "optimizer": optimizer,

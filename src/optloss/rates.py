@@ -1,7 +1,6 @@
 """The base rate of a run, read and set in the middle of it."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +59,13 @@ def set_learning_rate(state: PyTree, value: Scalar | Mapping[str, Scalar]) -> Py
         :func:`get_learning_rate`.
     """
     nodes, structure = jax.tree.flatten(state, is_leaf=_stops)
-    new: Any
-    bases: Any = _bases("set_learning_rate", state, nodes)
+    new: dict[str | None, Scalar] = {}
+    bases = _bases("set_learning_rate", state, nodes)
     if isinstance(value, Mapping):
         _check_keys(state, value, bases)
         for key, rate in value.items():
             check_rate_number("set_learning_rate", f"value[{key!r}]", rate)
-        new = dict(value)
+        new.update(value.items())
     else:
         check_rate_number("set_learning_rate", "value", value)
         new = dict.fromkeys(bases, value)
@@ -129,7 +128,7 @@ def _bases(call: str, state: PyTree, nodes: list[PyTree]) -> dict[str | None, Sc
     places = [node for node in nodes if isinstance(node, LearningRateState)]
     known = [node.base for node in places if node.base is not None]
     for base in known:
-        found |= base if isinstance(base, dict) else {None: base}
+        found.update(base.items() if isinstance(base, dict) else [(None, base)])
     if not found or (None in found and len(known) < len(places)):
         raise refusal(
             f"{call}({short_repr(type(state))})",

@@ -10,8 +10,7 @@ import optax
 
 from optloss.fast.packing import is_elementwise
 from optloss.groups import Groups
-from optloss.transforms.multipliers import Multipliers
-from optloss.typing import PyTree
+from optloss.typing import Multipliers, PyTree
 
 Extra = Mapping[str, PyTree]
 

@@ -8,7 +8,7 @@ those that the traced code sees, of the state and of the parameters alike.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ class Difference(NamedTuple):
     """The first place where two trees are not alike."""
 
     path: str
-    found: Any
-    wanted: Any
+    found: PyTree
+    wanted: PyTree
 
 
 def check_state(
@@ -116,16 +116,16 @@ def _alike(state: PyTree, other: PyTree) -> bool:
     return bool(structures[0] == structures[1]) and shapes[0] == shapes[1]
 
 
-def _is_array(node: Any) -> bool:
+def _is_array(node: object) -> bool:
     return jax.tree_util.all_leaves([node])
 
 
-def _children(node: Any) -> dict[str, Any]:
+def _children(node: PyTree) -> dict[str, PyTree]:
     pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
     return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs[0]}
 
 
-def _in_words(node: Any) -> str:
+def _in_words(node: PyTree) -> str:
     if node is ABSENT or node is None or isinstance(node, optax.EmptyState):
         return "none"
     if isinstance(node, optax.MaskedNode):

@@ -25,6 +25,9 @@ STAGES = ("noise", "clip", "optimizer")
 TABLE = "packed"  # the field of a chain's state that names what is packed
 
 
+Kind = type | frozenset[str] | str
+
+
 class Place(NamedTuple):
     """Where an array is: a leaf of the state's tree, or a slice of a packed one."""
 
@@ -41,12 +44,12 @@ class Place(NamedTuple):
 class Node(NamedTuple):
     """A named tuple of a state: its scalars, and its trees over the parameters."""
 
-    kind: Any  # its type, or its fields where one side has no types
+    kind: Kind  # its type, or its fields where one side has no types
     path: str
     stage: str
     group: tuple[str, ...]
     entries: dict[tuple[str, str], Place]  # by field and name within it, "" for alone
-    below: tuple[Any, ...]  # the kinds of all nodes inside
+    below: tuple[Kind, ...]  # the kinds of all nodes inside
 
     @property
     def names(self) -> dict[str, dict[str, Place]]:
@@ -57,13 +60,13 @@ class Node(NamedTuple):
         return by_name
 
 
-def numbered(tree: PyTree) -> tuple[list[Any], PyTree]:
+def numbered(tree: PyTree) -> tuple[list[PyTree], PyTree]:
     """Return the leaves of ``tree``, and it with their numbers in their places."""
     leaves, structure = jax.tree.flatten(tree)
     return leaves, jax.tree.unflatten(structure, range(len(leaves)))
 
 
-def _is_named_tuple(node: Any) -> bool:
+def _is_named_tuple(node: object) -> bool:
     return (
         isinstance(node, tuple)
         and hasattr(node, "_fields")
@@ -83,7 +86,7 @@ def node_types(trees: list[PyTree], containers: Iterable[type]) -> set[Any]:
     return found - {optax.EmptyState, *containers}
 
 
-def _children(node: Any) -> dict[str, Any]:
+def _children(node: PyTree) -> dict[str, PyTree]:
     if hasattr(node, "_fields"):
         return dict(zip(node._fields, node, strict=True))
     if isinstance(node, (list, tuple, Mapping)):
@@ -99,12 +102,12 @@ class Reader(NamedTuple):
     """How to read the numbered tree of one state."""
 
     call: str
-    leaves: list[Any]
+    leaves: list[PyTree]
     raw: bool  # whether nodes are told by their fields
     kinds: set[frozenset[str]]  # the fields of nodes, in a tree without types
-    containers: set[type]
+    containers: set[Any]
 
-    def fields(self, node: Any) -> dict[str, Any] | None:
+    def fields(self, node: PyTree) -> dict[str, PyTree] | None:
         """Return the fields of a node, ``None`` of what is none."""
         if _is_named_tuple(node):
             return None if type(node) in self.containers else _children(node)
@@ -112,13 +115,13 @@ class Reader(NamedTuple):
             return _children(node)
         return None
 
-    def kind(self, node: Any) -> Any:
+    def kind(self, node: PyTree) -> Kind:
         """Return what nodes of a kind have in common."""
         if self.raw:
             return frozenset(_children(node))
         return type(node)
 
-    def holds_nodes(self, tree: Any) -> bool:
+    def holds_nodes(self, tree: PyTree) -> bool:
         """Tell whether a node is anywhere in ``tree``."""
         if self.fields(tree) is not None:
             return True
@@ -128,7 +131,7 @@ class Reader(NamedTuple):
 
     def nodes(
         self,
-        tree: Any,
+        tree: PyTree,
         path: str = "",
         stage: str = "",
         group: tuple[str, ...] = (),
@@ -167,7 +170,7 @@ class Reader(NamedTuple):
             yield Node(optax.EmptyState, path, stage, group, {}, ())
         yield from inside
 
-    def table(self, index: Any) -> Layout | None:
+    def table(self, index: PyTree) -> Layout | None:
         """Return what the table of packed names says."""
         if index is None or not jax.tree_util.all_leaves([index]):
             return None
@@ -180,7 +183,7 @@ class Reader(NamedTuple):
         return read_table(table)
 
     def entries(
-        self, field: str, value: Any, table: Layout | None
+        self, field: str, value: PyTree, table: Layout | None
     ) -> dict[tuple[str, str], Place]:
         """Return where the arrays of a field are, packed ones each by itself."""
         found = {}
@@ -196,7 +199,7 @@ class Reader(NamedTuple):
         return found
 
     def unpacked(
-        self, packed: Any, table: Layout | None
+        self, packed: PyTree, table: Layout | None
     ) -> Iterator[tuple[str, Place]]:
         """Yield name and place of what lies in a packed tree."""
         vectors, large = _children(packed)["vectors"], _children(packed)["large"]
@@ -218,10 +221,10 @@ class Reader(NamedTuple):
             yield name, Place(index, np.shape(self.leaves[index]))
 
 
-def _is_packed(node: Any) -> bool:
+def _is_packed(node: object) -> bool:
     raw = isinstance(node, Mapping) and set(node) == set(PackedTree._fields)
     return raw or isinstance(node, PackedTree)
 
 
-def _is_tuple(node: Mapping[Any, Any]) -> bool:
+def _is_tuple(node: Mapping[str, PyTree]) -> bool:
     return [str(key) for key in node] == [str(i) for i in range(len(node))]

@@ -6,10 +6,11 @@ they are wrapped, so nothing has to be computed, or passed along, a second time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optloss.fast.handover import Stacked, empty_like
 from optloss.histograms import Histogram, histogram
@@ -17,7 +18,7 @@ from optloss.mesh import AxisName
 from optloss.names import leaf_names
 from optloss.norms import global_norm, leaf_norms
 from optloss.trees import inexact_leaves, is_inexact
-from optloss.typing import PyTree
+from optloss.typing import PyTree, Summaries
 
 LEARNING_RATE = "learning_rate"
 LOSS = "loss"
@@ -37,7 +38,7 @@ SKIPPED_CONSECUTIVE = "skipped/consecutive"
 SKIPPED_SPIKES = "skipped/spikes"
 LOSS_SCALE = "loss_scale"
 
-OPTIMIZER_SUMMARIES = (
+OPTIMIZER_SUMMARIES: Summaries = (
     "learning_rate",
     "loss",
     "gradients",
@@ -46,7 +47,7 @@ OPTIMIZER_SUMMARIES = (
 )
 
 
-def get_summaries(tree: Any) -> dict[str, jax.Array]:
+def get_summaries(tree: PyTree) -> dict[str, jax.Array]:
     """Return what our transforms measured at the latest update, by tag.
 
     Nothing is computed again: the transforms keep in their state what they measure
@@ -91,11 +92,11 @@ def get_summaries(tree: Any) -> dict[str, jax.Array]:
     return found
 
 
-def _measures(node: Any) -> bool:
+def _measures(node: object) -> bool:
     return isinstance(node, tuple) and hasattr(node, "measurements")
 
 
-def _measuring(tree: Any) -> Iterator[Any]:
+def _measuring(tree: PyTree) -> Iterator[PyTree]:
     """Yield the states in ``tree`` that measure, an outer one before its inner ones."""
     if _measures(tree):
         yield tree
@@ -104,9 +105,9 @@ def _measuring(tree: Any) -> Iterator[Any]:
             yield from _measuring(node)
 
 
-def _plain(state: Any) -> Any:
+def _plain(state: PyTree) -> PyTree:
     # An nnx.Optimizer keeps the structure of a state and wraps its arrays in Variables.
-    def wraps(node: Any) -> bool:
+    def wraps(node: object) -> bool:
         return hasattr(node, "get_value")
 
     return jax.tree.map(
@@ -149,7 +150,7 @@ def step_summaries(
     rates: Mapping[str, jax.Array],
     measured: Measured | None,
     step: jax.Array | None,
-) -> dict[str, Any]:
+) -> dict[str, jax.Array | Histogram]:
     """Return the summaries of a step, by tag.
 
     Args:
@@ -159,7 +160,7 @@ def step_summaries(
         measured: The gradient, where anything of it is asked for.
         step: The step before its increment, where there is a counter.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, jax.Array | Histogram] = {}
     if "loss" in asked.summaries and loss is not None:
         found[LOSS] = loss
     if "learning_rate" in asked.summaries:
@@ -175,7 +176,7 @@ def step_summaries(
     }
 
 
-def _float32(value: Any) -> jax.Array:
+def _float32(value: ArrayLike) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 

@@ -7,26 +7,29 @@ rest pass through untouched.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optloss.typing import PyTree, Scalar
 
 
-def is_inexact(leaf: Any) -> bool:
+def is_inexact(leaf: object) -> TypeGuard[jax.Array]:
     """Tell whether ``leaf`` is a floating or complex array, or the shape of one."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def is_float8(leaf: Any) -> bool:
+def is_float8(leaf: object) -> bool:
     """Tell whether ``leaf`` is floating, and too coarse to add an update to."""
     return is_inexact(leaf) and jnp.finfo(leaf.dtype).bits < 16
 
 
-def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_inexact(fn: Callable[..., jax.Array], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply ``fn`` to the inexact leaves of ``tree`` (and what ``rest`` has there)."""
     return jax.tree.map(
         lambda leaf, *others: fn(leaf, *others) if is_inexact(leaf) else leaf,
@@ -35,19 +38,19 @@ def map_inexact(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
-def accumulator_dtype(dtype: Any) -> Any:
+def accumulator_dtype(dtype: DTypeLike) -> np.dtype[np.generic]:
     """Return the dtype sums over ``dtype`` are kept in: at least float32, same kind."""
     if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
         return jnp.dtype(jnp.float32)  # which JAX does not promote float8 to by itself
     return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
 
 
-def real_dtype(dtype: Any) -> Any:
+def real_dtype(dtype: DTypeLike) -> np.dtype[np.generic]:
     """Return the dtype of the absolute values of ``dtype``."""
     return jnp.finfo(dtype).dtype
 
 
-def norm_dtype(tree: Any) -> Any:
+def norm_dtype(tree: PyTree) -> np.dtype[np.generic]:
     """Return the dtype of a norm over ``tree``: float64 if a leaf is, else float32."""
     dtypes = [real_dtype(leaf.dtype) for leaf in inexact_leaves(tree)]
     # A float64 array of NumPy's is float32 to a JAX that has no 64 bits.
@@ -56,19 +59,19 @@ def norm_dtype(tree: Any) -> Any:
     )
 
 
-def inexact_leaves(tree: Any) -> list[Any]:
+def inexact_leaves(tree: PyTree) -> list[jax.Array]:
     """Return the floating and complex leaves of ``tree`` in tree order."""
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
 
-def own_copy(leaf: Any) -> jax.Array:
+def own_copy(leaf: ArrayLike | np.generic) -> jax.Array:
     """Return ``leaf`` as an array of its own whose type is not weak."""
     leaf = jnp.array(leaf, copy=True)
     weak = getattr(leaf, "weak_type", False)  # an array of random keys has none
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
-def own_copies(leaves: list[Any]) -> list[Any]:
+def own_copies(leaves: list[PyTree]) -> list[PyTree]:
     """Return copies of the arrays among ``leaves``, none of which share a buffer.
 
     The list is emptied on the way: no more than one leaf is held twice.
@@ -82,12 +85,12 @@ def own_copies(leaves: list[Any]) -> list[Any]:
     return copies
 
 
-def to_float32(tree: Any) -> Any:
+def to_float32(tree: PyTree) -> PyTree:
     """Return ``tree`` with its half-precision leaves in float32."""
     return map_inexact(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), tree)
 
 
-def scale_leaves(tree: Any, factor: float | jax.Array) -> Any:
+def scale_leaves(tree: PyTree, factor: Scalar) -> PyTree:
     """Multiply the inexact leaves of ``tree`` by a real ``factor``, keeping dtypes.
 
     A factor of 1 returns them bit for bit.
@@ -98,7 +101,7 @@ def scale_leaves(tree: Any, factor: float | jax.Array) -> Any:
     )
 
 
-def _scale(leaf: jax.Array, factor: float | jax.Array) -> jax.Array:
+def _scale(leaf: jax.Array, factor: Scalar) -> jax.Array:
     leaf = jnp.asarray(leaf)
     wide = leaf.astype(accumulator_dtype(leaf.dtype))
     by = jnp.asarray(factor, real_dtype(wide.dtype))
@@ -108,7 +111,7 @@ def _scale(leaf: jax.Array, factor: float | jax.Array) -> jax.Array:
     return (wide * by).astype(leaf.dtype)
 
 
-def select_leaves(tree: Any, selected: Sequence[bool]) -> Any:
+def select_leaves(tree: PyTree, selected: Sequence[bool]) -> PyTree:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not selected."""
     leaves, structure = jax.tree.flatten(tree)
     kept = [
@@ -118,7 +121,7 @@ def select_leaves(tree: Any, selected: Sequence[bool]) -> Any:
     return jax.tree.unflatten(structure, kept)
 
 
-def merge_leaves(tree: Any, frozen: Any, selected: Sequence[bool]) -> Any:
+def merge_leaves(tree: PyTree, frozen: PyTree, selected: Sequence[bool]) -> PyTree:
     """Return ``frozen`` with the leaves of ``tree`` where ``selected`` says so."""
     leaves, structure = jax.tree.flatten(frozen)
     trained = iter(jax.tree.leaves(tree))
@@ -129,10 +132,10 @@ def merge_leaves(tree: Any, frozen: Any, selected: Sequence[bool]) -> Any:
     return jax.tree.unflatten(structure, merged)
 
 
-def negative_zeros(shapes: Any, like: Any) -> Any:
+def negative_zeros(shapes: PyTree, like: PyTree) -> PyTree:
     """Return updates of the given ``shapes`` that leave every parameter bit for bit."""
 
-    def zero(shape: Any, leaf: Any) -> Any:
+    def zero(shape: PyTree, leaf: PyTree) -> PyTree:
         if not is_inexact(shape):
             return leaf
         complex_leaf = jnp.issubdtype(shape.dtype, jnp.complexfloating)
@@ -148,10 +151,10 @@ def increment(step: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(step))
 
 
-def keep_dtypes(new: Any, old: Any) -> Any:
+def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
     """Return the state ``new`` in the dtypes of ``old``; random keys stay."""
 
-    def keep(leaf: Any, before: Any) -> Any:
+    def keep(leaf: jax.Array, before: object) -> jax.Array:
         dtype = getattr(before, "dtype", None)
         if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
             return leaf
@@ -160,12 +163,12 @@ def keep_dtypes(new: Any, old: Any) -> Any:
     return jax.tree.map(keep, new, old)
 
 
-def inexact_only(tree: Any) -> Any:
+def inexact_only(tree: PyTree) -> PyTree:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def is_transformation(value: Any) -> bool:
+def is_transformation(value: object) -> TypeGuard[optax.GradientTransformation]:
     """Tell whether ``value`` is an instance with ``init`` and ``update``."""
     return not isinstance(value, type) and all(
         callable(getattr(value, name, None)) for name in ("init", "update")

@@ -26,16 +26,18 @@ CPU compiler shape what runs there:
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from optloss.fast.normals import CUT, SIGN, Words, counters, normals, threefry
 from optloss.mesh import cond_on_mesh, explicit_sharding, is_whole
+from optloss.messages import is_array
 from optloss.trees import accumulator_dtype
 
 THREEFRY = "threefry2x32"
@@ -52,7 +54,7 @@ Leaves = list[jax.Array]
 class Sampler(NamedTuple):
     """Which distribution is drawn, by which implementation."""
 
-    impl: Any
+    impl: Hashable
     distribution: str
 
     @property
@@ -61,19 +63,22 @@ class Sampler(NamedTuple):
         return bool(self.impl == THREEFRY)
 
 
-def split_key(key: Any) -> tuple[jax.Array, Any]:
+def split_key(key: int | jax.Array) -> tuple[jax.Array, Hashable]:
     """Return the words of ``key``, a seed, a typed or a raw key, and what made them."""
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raw = getattr(key, "ndim", 0) > 0
-        key = jax.random.wrap_key_data(key) if raw else jax.random.key(key)
-    return jax.random.key_data(key), jax.random.key_impl(key)
+    if is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        typed = key
+    elif is_array(key) and key.ndim > 0:
+        typed = jax.random.wrap_key_data(key)
+    else:
+        typed = jax.random.key(key)
+    return jax.random.key_data(typed), jax.random.key_impl(typed)
 
 
 def add_normals(
     leaves: Sequence[jax.Array],
     std: float | jax.Array,
     key_data: jax.Array,
-    impl: Any,
+    impl: Hashable,
     step: jax.Array,
     names: Sequence[str],
     *,
@@ -220,7 +225,7 @@ def _add_together(
     ]
 
 
-def _unknown(numbers: Sequence[int] | Any, enabled: jax.Array) -> Leaves:
+def _unknown(numbers: Sequence[int] | np.ndarray, enabled: jax.Array) -> Leaves:
     """Return ``numbers`` as scalars that XLA cannot fold into kernels they go to."""
     scalars: Leaves = cond_on_mesh(
         enabled,
@@ -252,21 +257,21 @@ def _key_table(
 
 def _groups(leaves: Leaves, owners: tuple[int, ...]) -> list[list[int]]:
     """Return which leaves are drawn together: small ones of one dtype and shard."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if leaf.size <= SMALL and is_whole(leaf):
             groups.setdefault((_wide(leaf.dtype), owners[i]), []).append(i)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> np.dtype[np.generic]:
     return jnp.promote_types(accumulator_dtype(dtype), jnp.float32)
 
 
 def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:
     """Return a draw of the shape of ``leaf``."""
 
-    def draw(part: int, dtype: Any) -> jax.Array:
+    def draw(part: int, dtype: DTypeLike) -> jax.Array:
         if not sampler.ours:
             return _draw_by_jax(sampler, key, leaf, dtype, part)
         high, low = counters(leaf)
@@ -277,7 +282,9 @@ def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:
     return _both_parts(draw, _wide(leaf.dtype))
 
 
-def _both_parts(draw: Callable[[int, Any], jax.Array], dtype: Any) -> jax.Array:
+def _both_parts(
+    draw: Callable[[int, DTypeLike], jax.Array], dtype: DTypeLike
+) -> jax.Array:
     """Return ``draw(0, dtype)``, or for a complex dtype real and imaginary part."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return draw(0, dtype)
@@ -294,7 +301,7 @@ _normals: Callable[..., jax.Array] = jax.jit(normals, static_argnums=(2, 3))
 
 
 def _draw_rows(
-    sampler: Sampler, keys: jax.Array, sizes: list[int], dtype: Any
+    sampler: Sampler, keys: jax.Array, sizes: list[int], dtype: DTypeLike
 ) -> jax.Array:
     """Return draws ``[rows, WIDTH]``; the rest of a leaf's last row means nothing."""
     counts = [-(-size // WIDTH) for size in sizes]
@@ -304,7 +311,7 @@ def _draw_rows(
     low = column + first[:, None].astype(np.uint32)
     words = (keys[owners, 0][:, None], keys[owners, 1][:, None])
 
-    def draw(part: int, dtype: Any) -> jax.Array:
+    def draw(part: int, dtype: DTypeLike) -> jax.Array:
         count = _of_part(part, jnp.uint32(0), low)
         return _normals(words, count, dtype, sampler.distribution)
 
@@ -312,7 +319,7 @@ def _draw_rows(
 
 
 def _draw_by_jax(
-    sampler: Sampler, key: jax.Array, leaf: jax.Array, dtype: Any, part: int
+    sampler: Sampler, key: jax.Array, leaf: jax.Array, dtype: DTypeLike, part: int
 ) -> jax.Array:
     own = jax.random.wrap_key_data(key, impl=sampler.impl)
     own = jax.random.fold_in(own, part) if part else own

@@ -6,7 +6,7 @@ as the rows of one array of integers for each dtype; outside each reads its part
 its row when it is looked at.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from optloss.histograms import Histogram, histogram
 from optloss.mesh import vary_over, varying
+from optloss.typing import PyTree
 
 FLOATS, INTEGERS = (0, 1, 3, 4), (2, 5)
 """Places of a histogram's parts in the order of its arguments."""
@@ -26,10 +27,10 @@ COLUMNS = {place: column for column, place in enumerate((*FLOATS, *INTEGERS))}
 class Stacked:
     """A dict of summaries whose histograms lie in one array for each dtype."""
 
-    def __init__(self, summaries: dict[str, Any]) -> None:
+    def __init__(self, summaries: dict[str, PyTree]) -> None:
         """Stack the histograms of ``summaries``, which have TensorBoard's limits."""
-        kinds: dict[Any, dict[str, jax.Array]] = {}
-        self.others: dict[str, Any] = {}
+        kinds: dict[Hashable, dict[str, jax.Array]] = {}
+        self.others: dict[str, PyTree] = {}
         for tag, value in summaries.items():
             if isinstance(value, Histogram):
                 row = _pack(value)
@@ -38,11 +39,11 @@ class Stacked:
                 self.others[tag] = value
         self.tags: tuple[str, ...] = tuple(sorted(summaries))  # as JAX has dicts
         self.rows: tuple[tuple[str, ...], ...] = tuple(map(tuple, kinds.values()))
-        self.stacks: list[Any] = [
+        self.stacks: list[jax.Array] = [
             jnp.stack([*kind.values()]) for kind in kinds.values()
         ]
 
-    def summaries(self) -> dict[str, Any]:
+    def summaries(self) -> dict[str, PyTree]:
         """Return the dict."""
         found = dict(self.others)
         for tags, stack in zip(self.rows, self.stacks, strict=True):
@@ -50,12 +51,12 @@ class Stacked:
                 found[tag] = Histogram.of_parts(_Row(stack, row))
         return {tag: found[tag] for tag in self.tags}
 
-    def tree_flatten(self) -> tuple[Any, Any]:
+    def tree_flatten(self) -> tuple[PyTree, Hashable]:
         """Return what JAX handles in its place."""
         return (self.others, self.stacks), (self.tags, self.rows)
 
     @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> "Stacked":
+    def tree_unflatten(cls, aux: PyTree, children: PyTree) -> "Stacked":
         """Return what was flattened to ``children``."""
         made = cls.__new__(cls)
         made.others, made.stacks = children
@@ -75,16 +76,16 @@ def empty_like(shapes: Stacked) -> Stacked:
     return made
 
 
-class _Row(Sequence[Any]):
+class _Row(Sequence[jax.Array | None]):
     """The eight parts of the histogram that is packed in one row of a stack."""
 
-    def __init__(self, stack: Any, row: int) -> None:
+    def __init__(self, stack: jax.Array, row: int) -> None:
         self._stack, self._row = stack, row
 
     def __len__(self) -> int:
         return COUNTS + 1
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[jax.Array | None]:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, place: Any) -> Any:

@@ -39,12 +39,12 @@ References:
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from optloss.mesh import explicit_sharding
 
@@ -71,7 +71,7 @@ NUMERATOR = (1.99999952, 19.932373, 42.9288025, 15.5938816)
 DENOMINATOR = (1.0, 11.6756296, 32.9692192, 20.470623, 1.1384635)
 
 
-def normals(key: Words, count: Words, dtype: Any, distribution: str) -> jax.Array:
+def normals(key: Words, count: Words, dtype: DTypeLike, distribution: str) -> jax.Array:
     """Return the draws that belong to the counters ``count`` under ``key``.
 
     Args:

@@ -6,7 +6,6 @@ its neighbours, without a word.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +63,7 @@ def unpack_state(
 
     tables: list[Layout] = []
 
-    def unpacked(node: Any) -> Any:
+    def unpacked(node: PyTree) -> PyTree:
         if _has_table(node):
             if node.packed is not None and not is_traced(node.packed):
                 tables.append(read_table(node.packed))
@@ -121,10 +120,10 @@ def pack_state(
         return state
     shapes = _shapes(trained)
 
-    def mirrors(node: Any) -> bool:
+    def mirrors(node: object) -> bool:
         return _shapes(node) == shapes
 
-    def packed(node: Any) -> Any:
+    def packed(node: PyTree) -> PyTree:
         if _is_packed(node) or getattr(node, "packed", None) is not None:
             raise _error("pack_state", size, "the state is packed already.")
         if _has_table(node):
@@ -151,24 +150,24 @@ def part_of(
 
 
 def _map_inside(
-    fn: Callable[[Any], Any], tree: PyTree, is_leaf: Callable[[Any], bool]
-) -> Any:
+    fn: Callable[[PyTree], PyTree], tree: PyTree, is_leaf: Callable[[PyTree], bool]
+) -> PyTree:
     return jax.tree.map(fn, tree, is_leaf=lambda n: n is not tree and is_leaf(n))
 
 
-def _has_table(node: Any) -> bool:
+def _has_table(node: object) -> bool:
     return {"optimizer", "packed"} <= set(getattr(node, "_fields", ()))
 
 
-def _is_packed(node: Any) -> bool:
+def _is_packed(node: object) -> bool:
     return isinstance(node, PackedTree)
 
 
-def _is_special(node: Any) -> bool:
+def _is_special(node: object) -> bool:
     return _is_packed(node) or _has_table(node)
 
 
-def _shapes(tree: Any) -> tuple[Any, ...]:
+def _shapes(tree: PyTree) -> tuple[PyTree, ...]:
     """Return what the trees of moments of one tree of parameters have in common."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
@@ -182,7 +181,7 @@ def _error(call: str, size: int, problem: str) -> ValueError:
 
 
 def _trained(
-    call: str, state: PyTree, params: PyTree, size: Any, variables: Variables
+    call: str, state: PyTree, params: PyTree, size: int, variables: Variables
 ) -> tuple[PyTree, Layout]:
     check_int(call, "size", size, 0, "an int >= 0: the largest size of a packed leaf.")
     if hasattr(state, "opt_state") and _named(state.params) != _named(params):
@@ -217,12 +216,12 @@ def _check_ungrouped(optimizer: PyTree, size: int) -> None:
         )
 
 
-def _is_partition(node: Any) -> bool:
+def _is_partition(node: object) -> bool:
     return isinstance(node, PartitionState)
 
 
 def _check_mirrored(
-    call: str, optimizer: PyTree, mirrors: Callable[[Any], bool], size: int
+    call: str, optimizer: PyTree, mirrors: Callable[[PyTree], bool], size: int
 ) -> None:
     """Refuse moments none of which has the shapes of the parameters."""
     nodes = jax.tree.leaves(optimizer, is_leaf=mirrors)

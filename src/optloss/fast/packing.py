@@ -12,12 +12,14 @@ that chooses leaves by their rank or name (a weight decay that spares the biases
 import hashlib
 import json
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from optloss.mesh import cond_on_mesh
 from optloss.names import leaf_names
@@ -133,7 +135,7 @@ def table_of(layout: Layout) -> jax.Array:
     return jnp.asarray(np.frombuffer(json.dumps(rows).encode(), np.uint8))
 
 
-def read_table(table: Any) -> Layout:
+def read_table(table: ArrayLike) -> Layout:
     """Return the layout whose :func:`table_of` is ``table``, places left out."""
     words = np.asarray(table)
     words = words.reshape(-1, words.shape[-1])[0]  # under vmap, one like the other
@@ -195,7 +197,7 @@ def unpack(packed: PyTree, template: PyTree, layout: Layout) -> PyTree:
     return jax.tree.unflatten(structure, leaves)
 
 
-def _starts(vector: jax.Array, slots: list[Slot]) -> list[Any]:
+def _starts(vector: jax.Array, slots: list[Slot]) -> Sequence[ArrayLike]:
     """Return where each leaf starts, on a CPU as numbers that XLA does not know.
 
     Known, each would be a constant in a kernel of its own, and 400 kernels that differ
@@ -216,7 +218,7 @@ def _starts(vector: jax.Array, slots: list[Slot]) -> list[Any]:
         )
         return unknown
 
-    found: list[Any] = jax.lax.platform_dependent(cpu=on_a_cpu, default=known)
+    found: Sequence[ArrayLike] = jax.lax.platform_dependent(cpu=on_a_cpu, default=known)
     return found
 
 
@@ -256,12 +258,12 @@ def is_elementwise(transform: optax.GradientTransformation) -> bool:
 
 
 def _run(
-    transform: optax.GradientTransformationExtraArgs, params: Any, *gradients: Any
-) -> list[Any]:
-    update: Any = jax.jit(transform.update)
+    transform: optax.GradientTransformationExtraArgs, params: PyTree, *gradients: PyTree
+) -> list[np.ndarray]:
+    update: Callable[..., tuple[PyTree, PyTree]] = jax.jit(transform.update)
     params, gradients = jax.tree.map(jnp.asarray, (params, gradients))
     state = transform.init(params)
-    result: list[Any] = []
+    result: list[np.ndarray] = []
     for step, gradient in enumerate(gradients):
         updates, state = update(
             gradient, state, params, step=jnp.asarray(step), value=jnp.ones(())

@@ -13,6 +13,7 @@ from typing import Any, Self
 import optax
 
 from optloss.messages import argument_error, quoted
+from optloss.typing import PyTree
 
 try:
     from flax.training import train_state
@@ -58,10 +59,14 @@ class TrainState(train_state.TrainState):
         :func:`optloss.get_summaries`, which reads what the chain measured from it.
     """
 
-    batch_stats: Any = None
+    batch_stats: PyTree = None
 
     def apply_gradients(
-        self, *, grads: Any, extra: Mapping[str, Any] | None = None, **fields: Any
+        self,
+        *,
+        grads: PyTree,
+        extra: Mapping[str, PyTree] | None = None,
+        **fields: PyTree,
     ) -> Self:
         """Return the state after one update by ``grads``.
 

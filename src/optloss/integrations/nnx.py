@@ -21,13 +21,17 @@ from optloss.messages import (
 from optloss.optimize import optimize_loss as optimize_pure_loss
 from optloss.train_op import StepOutput, TrainOp, TrainOpState
 from optloss.trees import own_copy
+from optloss.typing import LearningRate, Optimizer, PyTree, Scalar
 
 try:
     from flax import nnx
+    from flax.nnx.filterlib import Filter
 except ImportError as error:
     raise ImportError(
         "optloss.integrations.nnx needs flax. Install it: pip install 'optloss[flax]'"
     ) from error
+
+Graph = nnx.GraphDef[nnx.Module]
 
 
 class ModelTrainOp:
@@ -46,14 +50,16 @@ class ModelTrainOp:
 
     train_op: TrainOp
 
-    def __init__(self, model: Any, train_op: TrainOp, slots: tuple[Any, Any]) -> None:
+    def __init__(
+        self, model: nnx.Module, train_op: TrainOp, slots: tuple[PyTree, PyTree]
+    ) -> None:
         self.train_op = train_op
         self._variables = jax.tree.leaves(slots, is_leaf=_is_variable)
         self._state = train_op.init(*jax.tree.map(_read, slots, is_leaf=_is_variable))
         self._model = short_repr(type(model))
         self._write()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> StepOutput:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> StepOutput:
         """Make one step with ``loss(model, *args, **kwargs)``."""
         self._state, output = self.train_op(self.state, *args, **kwargs)
         self._write()
@@ -108,13 +114,13 @@ class ModelTrainOp:
 
 
 def optimize_loss(
-    model: Any,
-    loss: Callable[..., Any],
-    global_step: Any,
-    learning_rate: Any,
-    optimizer: Any,
+    model: nnx.Module,
+    loss: Callable[..., Scalar | tuple[Scalar, PyTree]],
+    global_step: int | jax.Array | None,
+    learning_rate: LearningRate,
+    optimizer: Optimizer,
     *options: Any,
-    wrt: Any = nnx.Param,
+    wrt: Filter = nnx.Param,
     **keywords: Any,
 ) -> ModelTrainOp:
     """Make a complete, compiled training step of a loss of an nnx model.
@@ -181,7 +187,7 @@ def optimize_loss(
     return ModelTrainOp(model, train_op, (_slots(params), _slots(rest)))
 
 
-def _checked_split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
+def _checked_split(model: nnx.Module, wrt: Filter) -> tuple[Graph, PyTree, PyTree]:
     if not isinstance(model, nnx.Module):
         problem = "must be an nnx.Module."
         raise argument_error("optimize_loss", "model", model, problem)
@@ -192,22 +198,26 @@ def _checked_split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
         raise argument_error("optimize_loss", "wrt", wrt, problem) from error
 
 
-def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
+def _split(model: nnx.Module, wrt: Filter) -> tuple[Graph, PyTree, PyTree]:
     parts: Any = nnx.split(model, wrt, ...)
     graphdef, params, rest = parts
     return graphdef, params, rest
 
 
-def _trees(state: TrainOpState) -> tuple[Any, Any]:
+def _trees(state: TrainOpState) -> tuple[PyTree, PyTree]:
     return state.params, state.model_state
 
 
-def _pure(loss: Any, graphdef: Any, wrt: Any) -> Any:
+def _pure(
+    loss: Callable[..., PyTree], graphdef: Graph, wrt: Filter
+) -> Callable[..., PyTree]:
     """Return ``loss`` as a function of trees of arrays."""
     wanted = "a function loss(model, *args)"
     check_callable("optimize_loss", "loss", loss, 1, wanted, more=True)
 
-    def pure_loss(params: Any, model_state: Any, *args: Any, **kwargs: Any) -> Any:
+    def pure_loss(
+        params: PyTree, model_state: PyTree, *args: PyTree, **kwargs: PyTree
+    ) -> PyTree:
         model = nnx.merge(graphdef, params, model_state)
         result = loss(model, *args, **kwargs)
         parts = result if type(result) is tuple else (result,)
@@ -223,14 +233,14 @@ def _pure(loss: Any, graphdef: Any, wrt: Any) -> Any:
     return pure_loss
 
 
-def _slots(state: Any) -> Any:
+def _slots(state: PyTree) -> PyTree:
     """Return nested dicts of the variables themselves, not of their values."""
     return nnx.to_pure_dict(state, extract_fn=lambda variable: variable)
 
 
-def _is_variable(node: Any) -> bool:
+def _is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _read(variable: Any) -> Any:
+def _read(variable: nnx.Variable[jax.Array]) -> jax.Array:
     return variable.get_value()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from optloss.histograms import Histogram
 from optloss.mesh import is_deleted, is_traced
@@ -32,6 +33,7 @@ from optloss.messages import (
     refusal,
     short_repr,
 )
+from optloss.typing import PyTree
 
 try:
     from tensorboardX.event_file_writer import EventsWriter
@@ -92,7 +94,7 @@ class SummaryWriter:
         self._worker = _Worker(logdir) if jax.process_index() == 0 else None
         self._stop = weakref.finalize(self, _stop, self._worker)
 
-    def write(self, step: int, summaries: Mapping[str, Any]) -> None:
+    def write(self, step: int, summaries: Mapping[str, PyTree]) -> None:
         """Hand the summaries of ``step`` over, to be written soon.
 
         Args:
@@ -156,7 +158,7 @@ class _Packed(NamedTuple):
     """Summaries whose device arrays are joined, those of a dtype into one vector."""
 
     structure: Any
-    leaves: list[Any]  # what lives on the host; of the others, the shapes
+    leaves: list[PyTree]  # what lives on the host; of the others, the shapes
     places: list[list[int]]  # for each vector, the leaves it is made of
     vectors: list[jax.Array]
 
@@ -238,14 +240,14 @@ def _stop(worker: _Worker | None) -> None:
         worker.stop()
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     if not isinstance(value, (str, os.PathLike)):
         return False
     path = os.fspath(value)
     return isinstance(path, str) and "\0" not in path
 
 
-def _check_summaries(summaries: Any) -> int | None:
+def _check_summaries(summaries: object) -> int | None:
     """Return how many steps ``summaries`` were stacked of; None if they were not."""
     if not isinstance(summaries, Mapping):
         raise argument_error(
@@ -264,7 +266,7 @@ def _check_summaries(summaries: Any) -> int | None:
     return shapes[0][0] if shapes and shapes[0] else None
 
 
-def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
+def _check_value(tag: object, value: object) -> tuple[int, ...]:
     call = f"SummaryWriter.write(summaries[{quoted(tag)}]={short_repr(value)})"
     parts = value.tree_flatten()[0] if isinstance(value, Histogram) else (value,)
     if any(map(is_traced, parts)):
@@ -287,7 +289,7 @@ def _check_value(tag: Any, value: Any) -> tuple[int, ...]:
     return shape
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def _shape(value: object) -> tuple[int, ...] | None:
     """Return the shape of real numbers, None where ``value`` is no such array."""
     if isinstance(value, bool) or (is_number(value) and abs(value) < LARGEST_NUMBER):
         return ()
@@ -298,7 +300,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape)
 
 
-def _histogram_shape(*parts: Any) -> tuple[int, ...] | None:
+def _histogram_shape(*parts: object) -> tuple[int, ...] | None:
     """Return the leading dimensions that all parts have, None if they do not fit."""
     *scalars, limits, counts = map(_shape, parts)
     if any(one is None or one != scalars[0] for one in scalars) or not counts:
@@ -308,10 +310,10 @@ def _histogram_shape(*parts: Any) -> tuple[int, ...] | None:
     return scalars[0]
 
 
-def _pack(summaries: dict[str, Any]) -> _Packed:
+def _pack(summaries: dict[str, PyTree]) -> _Packed:
     """Return copies that outlive a donation, few and on their way to the host."""
     leaves, structure = jax.tree.flatten(summaries)
-    homes: dict[Any, list[int]] = {}
+    homes: dict[tuple[Sharding, np.dtype[np.generic]], list[int]] = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, jax.Array):
             leaves[i] = _on_one_device(leaf)
@@ -327,20 +329,21 @@ def _pack(summaries: dict[str, Any]) -> _Packed:
     return _Packed(structure, leaves, list(homes.values()), vectors)
 
 
-def _on_one_device(leaf: jax.Array) -> Any:
+def _on_one_device(leaf: jax.Array) -> jax.Array:
     if leaf.is_fully_replicated:
         alone = len(leaf.sharding.device_set) == 1
         return leaf if alone else leaf.addressable_data(0)
-    return jax.device_put(leaf, leaf.addressable_shards[0].device)
+    moved: jax.Array = jax.device_put(leaf, leaf.addressable_shards[0].device)
+    return moved
 
 
 @jax.jit
-def _join(arrays: list[jax.Array]) -> Any:
+def _join(arrays: list[jax.Array]) -> jax.Array:
     # Without the copy a lone vector would come back as it was, buffer and all.
     return jnp.copy(jnp.concatenate([jnp.ravel(array) for array in arrays]))
 
 
-def _unpack(packed: _Packed) -> dict[str, Any]:
+def _unpack(packed: _Packed) -> dict[str, PyTree]:
     leaves = list(packed.leaves)
     with jax.transfer_guard_device_to_host("allow"):
         vectors = jax.device_get(packed.vectors)
@@ -348,15 +351,15 @@ def _unpack(packed: _Packed) -> dict[str, Any]:
         ends = np.cumsum([math.prod(leaves[i]) for i in places])
         for i, part in zip(places, np.split(vector, ends[:-1]), strict=True):
             leaves[i] = part.reshape(leaves[i])
-    summaries: dict[str, Any] = jax.tree.unflatten(packed.structure, leaves)
+    summaries: dict[str, PyTree] = jax.tree.unflatten(packed.structure, leaves)
     return summaries
 
 
-def _row(value: Any, row: int | None) -> Any:
+def _row(value: PyTree, row: int | None) -> PyTree:
     return value if row is None else jax.tree.map(lambda field: field[row], value)
 
 
-def _proto(tag: str, value: Any) -> Any:
+def _proto(tag: str, value: PyTree) -> Any:
     if not isinstance(value, Histogram):
         return protos.Summary.Value(tag=tag, simple_value=float(value))
     if value.num == 0:

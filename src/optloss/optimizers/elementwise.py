@@ -13,12 +13,13 @@ import optax
 
 from optloss.messages import argument_error
 from optloss.trees import accumulator_dtype, is_inexact, real_dtype
+from optloss.typing import PyTree, Scalar
 
-Rule = Callable[..., tuple[Any, ...]]
+Rule = Callable[..., tuple[jax.Array, ...]]
 
 
 def elementwise(
-    start: Callable[[Any], Any], rule: Rule, *, solver: str | None = None
+    start: Callable[[PyTree], PyTree], rule: Rule, *, solver: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transform that applies ``rule(gradient, *slots) -> (update, *slots)``.
 
@@ -27,12 +28,12 @@ def elementwise(
     is handed the parameter, too, after the slots, and named where it is missing.
     """
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         return start(params)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: object
+    ) -> tuple[PyTree, PyTree]:
         del extra
         if solver and params is None:
             problem = (
@@ -45,7 +46,7 @@ def elementwise(
             return updates, type(state)(*slots)
         step = optax.safe_increment(state.step)
 
-        def counted(*row: Any) -> tuple[Any, ...]:
+        def counted(*row: PyTree) -> tuple[jax.Array, ...]:
             return rule(*row, step)
 
         updates, slots = _map_rule(counted, updates, state[1:], others)
@@ -54,10 +55,10 @@ def elementwise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def slots(params: Any, value: float | jax.Array, *, real: bool = False) -> Any:
+def slots(params: PyTree, value: Scalar, *, real: bool = False) -> PyTree:
     """Return a slot full of ``value`` beside each leaf, on the devices of the leaf."""
 
-    def slot(leaf: Any) -> Any:
+    def slot(leaf: object) -> jax.Array | optax.MaskedNode:
         if not is_inexact(leaf):
             return optax.MaskedNode()
         dtype = accumulator_dtype(leaf.dtype)
@@ -66,7 +67,7 @@ def slots(params: Any, value: float | jax.Array, *, real: bool = False) -> Any:
     return jax.tree.map(slot, params)
 
 
-def scalar(like: jax.Array, value: float | jax.Array) -> jax.Array:
+def scalar(like: jax.Array, value: Scalar) -> jax.Array:
     """Return the real number ``value`` in the precision of ``like``."""
     return jnp.asarray(value, real_dtype(like.dtype))
 
@@ -79,8 +80,8 @@ def square(gradient: jax.Array) -> jax.Array:
 
 
 def _map_rule(
-    rule: Rule, updates: Any, slots: Sequence[Any], others: Sequence[Any]
-) -> tuple[Any, list[Any]]:
+    rule: Rule, updates: PyTree, slots: Sequence[PyTree], others: Sequence[PyTree]
+) -> tuple[PyTree, list[PyTree]]:
     """Apply ``rule`` leaf by leaf. A slot that is ``None`` for all leaves stays so."""
     leaves = jax.tree.leaves(updates, is_leaf=_is_absent)
     structure: Any = jax.tree.structure(updates, is_leaf=_is_absent)
@@ -99,11 +100,13 @@ def _map_rule(
     return stepped, [None if old is None else new for old, new in pairs]
 
 
-def _is_absent(node: Any) -> bool:
+def _is_absent(node: object) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _apply(rule: Rule, slots: int, gradient: Any, *row: Any) -> tuple[Any, ...]:
+def _apply(
+    rule: Rule, slots: int, gradient: PyTree, *row: PyTree
+) -> tuple[PyTree, ...]:
     if not is_inexact(gradient):
         return gradient, *row[:slots]
     update, *new = rule(gradient.astype(accumulator_dtype(gradient.dtype)), *row)

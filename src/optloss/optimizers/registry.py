@@ -11,7 +11,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +151,7 @@ def register_optimizer(name: str, factory: Factory) -> None:
     _registered[name] = factory
 
 
-def _is_identifier(name: Any) -> bool:
+def _is_identifier(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier()
 
 
@@ -221,7 +220,7 @@ def _unknown(name: str) -> str:
     return f"no optimizer of that name. {hint}list_optimizers() prints them all."
 
 
-def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
+def _parse(call: str, text: str) -> tuple[str, dict[str, object]]:
     name = text.partition("(")[0].strip()
     if "(" not in text:
         return name, {}
@@ -231,10 +230,12 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
         node = ast.parse(text.strip(), mode="eval").body
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
-        keywords: dict[Any, Any] = {
-            keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords
+        keywords = {
+            keyword.arg: ast.literal_eval(keyword.value)
+            for keyword in node.keywords
+            if keyword.arg is not None
         }
-        if node.args or None in keywords or len(keywords) < len(node.keywords):
+        if node.args or len(keywords) < len(node.keywords):
             raise ValueError
         return node.func.id, keywords
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
@@ -248,7 +249,7 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_keywords(
-    call: str, text: str, factory: Factory, keywords: dict[str, Any]
+    call: str, text: str, factory: Factory, keywords: dict[str, object]
 ) -> None:
     parameters = inspect.signature(factory).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -16,7 +16,7 @@ floating or complex arrays pass through, ``None`` among them, and touch no slot.
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,44 +24,44 @@ import optax
 
 from optloss.messages import check_bool, check_number, is_array
 from optloss.optimizers.elementwise import elementwise, scalar, slots, square
+from optloss.typing import PyTree, Scalar
 
-Scalar = float | jax.Array
 Rows = tuple[jax.Array, ...]
 
 
 class AdagradState(NamedTuple):
     """What :func:`adagrad` keeps."""
 
-    accumulator: Any  # real [*shape] per leaf, the sum of squared gradients
+    accumulator: PyTree  # real [*shape] per leaf, the sum of squared gradients
 
 
 class AdamState(NamedTuple):
     """What :func:`adam` keeps."""
 
     step: jax.Array  # int32 [], updates so far
-    m: Any  # [*shape] per leaf, mean of the gradients
-    v: Any  # real [*shape] per leaf, mean of their squares
+    m: PyTree  # [*shape] per leaf, mean of the gradients
+    v: PyTree  # real [*shape] per leaf, mean of their squares
 
 
 class FtrlState(NamedTuple):
     """What :func:`ftrl` keeps."""
 
-    accumulator: Any  # real [*shape] per leaf, the sum of squared gradients
-    linear: Any  # [*shape] per leaf, what the parameter is solved from
+    accumulator: PyTree  # real [*shape] per leaf, the sum of squared gradients
+    linear: PyTree  # [*shape] per leaf, what the parameter is solved from
 
 
 class MomentumState(NamedTuple):
     """What :func:`momentum` keeps."""
 
-    accumulator: Any  # [*shape] per leaf, the decaying sum of gradients
+    accumulator: PyTree  # [*shape] per leaf, the decaying sum of gradients
 
 
 class RMSPropState(NamedTuple):
     """What :func:`rmsprop` keeps."""
 
-    mean_square: Any  # real [*shape] per leaf
-    mean_gradient: Any  # [*shape] per leaf, or None if not centered
-    momentum: Any  # [*shape] per leaf, or None if the momentum is the number 0
+    mean_square: PyTree  # real [*shape] per leaf
+    mean_gradient: PyTree  # [*shape] per leaf, or None if not centered
+    momentum: PyTree  # [*shape] per leaf, or None if the momentum is the number 0
 
 
 def adagrad(
@@ -442,27 +442,30 @@ def _root(accumulator: jax.Array, power: Scalar) -> jax.Array:
 
 
 def _check(
-    call: str, accept: Callable[[float], bool], wanted: str, arguments: dict[str, Any]
+    call: str,
+    accept: Callable[[float], bool],
+    wanted: str,
+    arguments: dict[str, object],
 ) -> None:
     for name, value in arguments.items():
         check_number(call, name, value, accept, f"a {wanted} or a 0-d array.")
 
 
-def _check_finite(call: str, **arguments: Any) -> None:
+def _check_finite(call: str, **arguments: object) -> None:
     _check(call, math.isfinite, "finite real number", arguments)
 
 
-def _check_at_least_zero(call: str, **arguments: Any) -> None:
+def _check_at_least_zero(call: str, **arguments: object) -> None:
     _check(call, lambda n: 0 <= n < math.inf, "finite real number >= 0", arguments)
 
 
-def _check_positive(call: str, **arguments: Any) -> None:
+def _check_positive(call: str, **arguments: object) -> None:
     _check(call, lambda n: 0 < n < math.inf, "finite real number > 0", arguments)
 
 
-def _check_at_most_zero(call: str, **arguments: Any) -> None:
+def _check_at_most_zero(call: str, **arguments: object) -> None:
     _check(call, lambda n: -math.inf < n <= 0, "finite real number <= 0", arguments)
 
 
-def _check_below_one(call: str, **arguments: Any) -> None:
+def _check_below_one(call: str, **arguments: object) -> None:
     _check(call, lambda n: 0 <= n < 1, "real number in [0, 1)", arguments)

@@ -24,11 +24,12 @@ This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from optloss.mesh import AxisName
 from optloss.messages import (
@@ -51,6 +52,7 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
+from optloss.typing import PyTree
 
 STATISTICS = ("current", "previous")
 
@@ -198,7 +200,7 @@ def adaptive_clipping(
     previous = statistics == "previous"
     kind = PreviousClippingState if previous else AdaptiveClippingState
 
-    def init(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> AdaptiveClippingState | PreviousClippingState:
         dtype = norm_dtype(params)
         count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
         start = AdaptiveClippingState(
@@ -216,14 +218,17 @@ def adaptive_clipping(
     def log_threshold(mean: jax.Array, sq_mean: jax.Array) -> jax.Array:
         return mean + std_factor * jnp.sqrt(jnp.maximum(sq_mean - mean**2, epsilon))
 
-    def decay_at(step: jax.Array, observed: jax.Array, dtype: Any) -> jax.Array:
+    def decay_at(step: jax.Array, observed: jax.Array, dtype: DTypeLike) -> jax.Array:
         rate = jnp.asarray(decay, dtype)
         warmed = jnp.minimum(rate, step / (step + jnp.ones((), dtype)))
         rate = jnp.where(decay_warmup, warmed, rate)
         return jnp.minimum(rate, observed / (observed + 1)) if previous else rate
 
     def follow(
-        state: AdaptiveClippingState, norm: jax.Array, highest: jax.Array, step: Any
+        state: AdaptiveClippingState,
+        norm: jax.Array,
+        highest: jax.Array,
+        step: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         # In float32 a tiny epsilon is 0, and one log(0) would stay in the averages.
         least = jnp.finfo(norm.dtype).tiny
@@ -252,14 +257,14 @@ def adaptive_clipping(
         return jnp.where(mendable, jnp.minimum(factor, 1), 1).astype(norm.dtype)
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
         step: jax.Array | None = None,
         gradient_norm: jax.Array | None = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         del params, extra
         if gradient_norm is None:
             gradient_norm = global_norm(updates, axis_name=axis_name)
@@ -294,17 +299,17 @@ def adaptive_clipping(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _largest_log(dtype: Any) -> float:
+def _largest_log(dtype: DTypeLike) -> float:
     info = jnp.finfo(dtype)
     return math.log(float(info.max)) * (1 - 2 * float(info.eps))
 
 
 def _check(
-    std_factor: Any,
-    decay: Any,
-    static_max_norm: Any,
-    epsilon: Any,
-    decay_warmup: Any,
+    std_factor: object,
+    decay: object,
+    static_max_norm: object,
+    epsilon: object,
+    decay_warmup: object,
 ) -> None:
     call, infinity = "adaptive_clipping", float("inf")
     check_number(

@@ -1,7 +1,7 @@
 """Clipping by the global norm, and by a function of the caller's own."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,7 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, is_inexact, norm_dtype, scale_leaves
-
-Pairs = list[tuple[jax.Array, jax.Array]]
+from optloss.typing import Pairs, PyTree, Scalar, Schedule
 
 
 class ClipState(NamedTuple):
@@ -53,7 +52,7 @@ class ClipState(NamedTuple):
 
 
 def clip_by_global_norm(
-    max_norm: float | jax.Array | optax.Schedule, *, axis_name: AxisName = None
+    max_norm: Scalar | Schedule, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrink the whole gradient so that its norm is at most ``max_norm``.
 
@@ -121,14 +120,14 @@ def clip_by_global_norm(
         )
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
         gradient_norm: jax.Array | None = None,
         step: jax.Array | None = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         del params, extra
         if gradient_norm is None:
             gradient_norm = global_norm(updates, axis_name=axis_name)
@@ -193,11 +192,11 @@ def clip_by_function(
         return optax.EmptyState()
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         del extra
         if params is None:
             raise refusal(
@@ -218,8 +217,8 @@ def clip_by_function(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
-    pairs: list[Any] = list(result) if isinstance(result, Iterable) else [None]
+def _gradients(fn: object, result: object, length: int) -> list[PyTree]:
+    pairs: list[PyTree] = list(result) if isinstance(result, Iterable) else [None]
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
         raise argument_error(
             "clip_by_function", "fn", fn, "must return a list of (gradient, variable)."
@@ -234,7 +233,7 @@ def _gradients(fn: Any, result: Any, length: int) -> list[Any]:
     return [gradient for gradient, _ in pairs]
 
 
-def _like(fn: Any, gradient: Any, before: jax.Array) -> jax.Array:
+def _like(fn: object, gradient: object, before: jax.Array) -> jax.Array:
     if getattr(gradient, "shape", None) != before.shape or not is_inexact(gradient):
         raise argument_error(
             "clip_by_function",

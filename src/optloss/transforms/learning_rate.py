@@ -1,7 +1,7 @@
 """The learning rate: a number that lives in the state, and may decay."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ from optloss.trees import (
     scale_leaves,
     to_float32,
 )
+from optloss.typing import DecayFn, PyTree, Scalar, Schedule
 
-Rate = float | jax.Array | optax.Schedule
-DecayFn = Callable[[jax.Array, jax.Array], jax.Array]
+Rate = Scalar | Schedule
+Rates = jax.Array | dict[str, jax.Array]
 Factory = Callable[[jax.Array], optax.GradientTransformation]
 
 
@@ -44,9 +45,9 @@ class LearningRateState(NamedTuple):
     """
 
     step: jax.Array  # int32 [], updates so far
-    base: Any  # float [], the rate before decay; None for a schedule
-    rate: Any  # float [], what the latest update was handed
-    inner: Any
+    base: Rates | None  # float [], the rate before decay; None for a schedule
+    rate: Rates  # float [], what the latest update was handed
+    inner: PyTree
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
@@ -160,14 +161,16 @@ def inject_learning_rate(
     return with_rate("inject_learning_rate", build, learning_rate, decay_fn)
 
 
-def in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
+def in_float32(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
     """Return ``inner`` with all that it is given in float32 at least."""
     # In bfloat16, a decay of 0.999 is 1, and a difference of moments mostly rounding.
     update = by_signature(inner).update
 
     def wide(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: object
+    ) -> tuple[PyTree, PyTree]:
         if "grad" in extra:
             extra["grad"] = to_float32(extra["grad"])
         return update(
@@ -194,31 +197,31 @@ def with_rate(
     def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         return by_signature(factory(rate))
 
-    def rate_at(base: Any, step: jax.Array) -> Any:
+    def rate_at(base: jax.Array, step: jax.Array) -> Scalar:
         if schedule is not None:
             return check_scalar(call, "learning_rate", schedule, schedule(step))
         if decay_fn is None:
             return base
         return check_scalar(call, "decay_fn", decay_fn, decay_fn(base, step))
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         base = None if callable(learning_rate) else start_rate(learning_rate)
         rate = jnp.zeros((), jnp.float32) if base is None else jnp.copy(base)
         trained = inexact_only(params)
         inner = build(rate).init(trained)
         check_rate_is_outside(call, factory, inner, trained)
         step = jnp.zeros((), jnp.int32)
-        base = None if base is None else _under(key, base)
-        return LearningRateState(step, base, _under(key, rate), inner)
+        stored = None if base is None else _under(key, base)
+        return LearningRateState(step, stored, _under(key, rate), inner)
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
-        step: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+        step: jax.Array | None = None,
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         base, before = _value(state.base), _value(state.rate)
         rate = rate_at(base, state.step if step is None else step)
         rate = jnp.asarray(rate, before.dtype)
@@ -241,15 +244,15 @@ def with_rate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _under(key: str | None, rate: jax.Array) -> Any:
+def _under(key: str | None, rate: jax.Array) -> Rates:
     return rate if key is None else {key: rate}
 
 
-def _value(rate: Any) -> Any:
+def _value(rate: Rates) -> jax.Array:
     return next(iter(rate.values())) if isinstance(rate, dict) else rate
 
 
-def start_rate(learning_rate: float | jax.Array) -> jax.Array:
+def start_rate(learning_rate: Scalar) -> jax.Array:
     """Return the base rate as a scalar of its own: float64 only if given as such."""
     wide = is_array(learning_rate) and learning_rate.dtype == jnp.float64
     # A float64 array of NumPy's is float32 to a JAX that has no 64 bits.
@@ -257,7 +260,7 @@ def start_rate(learning_rate: float | jax.Array) -> jax.Array:
     return jnp.array(learning_rate, dtype, copy=True)
 
 
-def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
+def check_rate(call: str, learning_rate: object, decay_fn: object) -> None:
     """Refuse what is neither a rate nor a schedule, and a schedule with a decay."""
     if decay_fn is not None:
         wanted = "a function (rate, step) -> rate"
@@ -278,7 +281,7 @@ def check_rate(call: str, learning_rate: Any, decay_fn: Any) -> None:
 def check_rate_number(
     call: str,
     argument: str,
-    value: Any,
+    value: object,
     requirement: str = "a finite real number >= 0 or a 0-d array.",
 ) -> None:
     """Refuse ``value`` unless it is a finite real number >= 0 or a 0-d array."""
@@ -291,7 +294,7 @@ def check_rate_number(
     )
 
 
-def check_transformation(call: str, result: Any) -> Any:
+def check_transformation(call: str, result: object) -> optax.GradientTransformation:
     """Return what an optimizer's factory made if it has ``init`` and ``update``."""
     if not is_transformation(result):
         raise refusal(

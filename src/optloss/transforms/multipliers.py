@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,10 @@ from optloss.messages import (
 )
 from optloss.names import first_match, is_pattern, leaf_names
 from optloss.trees import increment, is_inexact, scale_leaves
-from optloss.typing import Pattern
+from optloss.typing import Multipliers, PyTree, Scalar
 
 MOST_LAYERS = 100_000
 LARGEST_LOG = 88.7  # of a float32
-
-Multipliers = Mapping[Pattern, float | jax.Array | optax.Schedule]
 
 
 class MultiplierState(NamedTuple):
@@ -78,8 +76,9 @@ def multiply_gradients(
         :func:`layerwise_decay`, which makes such a mapping for fine-tuning.
     """
     check_multipliers("multiply_gradients", "multipliers", multipliers)
-    patterns, values = tuple(multipliers), list(multipliers.values())
-    counts = any(map(is_schedule, values))
+    patterns = tuple(multipliers)
+    constants = [value for value in multipliers.values() if not callable(value)]
+    counts = len(constants) < len(patterns)
 
     @functools.lru_cache(maxsize=4)
     def resolve(names: tuple[str, ...]) -> list[int | None]:
@@ -91,15 +90,15 @@ def multiply_gradients(
         return start_multiplying(multipliers)
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
         step: jax.Array | None = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         del params, extra
-        factors: list[Any] = values
+        factors = constants
         if counts:
             factors = _factors(multipliers, state.step if step is None else step)
             state = MultiplierState(increment(state.step))
@@ -123,14 +122,14 @@ def start_multiplying(
     return optax.EmptyState()
 
 
-def _factors(multipliers: Multipliers, step: jax.Array) -> list[float | jax.Array]:
+def _factors(multipliers: Multipliers, step: jax.Array) -> list[Scalar]:
     return [
         value_at("multiply_gradients", f"multipliers[{key!r}]", value, step)
         for key, value in multipliers.items()
     ]
 
 
-def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
+def _multiply(leaf: PyTree, multiplier: Scalar) -> PyTree:
     if not is_inexact(leaf):
         return leaf
     if is_number(multiplier) and multiplier == 0:
@@ -141,7 +140,7 @@ def _multiply(leaf: Any, multiplier: float | jax.Array) -> Any:
     return jnp.where(multiplier == 0, jnp.zeros_like(leaf), scaled)
 
 
-def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
+def check_multipliers(call: str, argument: str, multipliers: object) -> None:
     """Refuse ``multipliers`` unless it maps names to finite real numbers."""
     if not isinstance(multipliers, Mapping):
         raise argument_error(
@@ -164,7 +163,7 @@ def check_multipliers(call: str, argument: str, multipliers: Any) -> None:
         )
 
 
-def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern, float]:
+def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[str, float]:
     r"""Return multipliers that shrink geometrically from the last layer to the first.
 
     The usual recipe of fine-tuning: what is nearer to the input is more general, and
@@ -224,5 +223,5 @@ def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[Pattern,
     return {pattern.replace("{}", str(i)): rate ** (layers - i) for i in range(layers)}
 
 
-def _is_numbered(pattern: Any) -> bool:
+def _is_numbered(pattern: object) -> bool:
     return isinstance(pattern, str) and "{}" in pattern

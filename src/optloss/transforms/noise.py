@@ -1,7 +1,7 @@
 """Gaussian noise on the gradient."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from optloss.messages import (
 from optloss.names import check_names, leaf_names
 from optloss.summaries import NOISE_STD
 from optloss.trees import increment, is_inexact
+from optloss.typing import PyTree
 
 DISTRIBUTIONS = ("normal", "truncated_normal")
 
@@ -127,13 +128,13 @@ def add_gradient_noise(
         )
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
         step: jax.Array | None = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         del params, extra
         time = state.step if step is None else step
         wanted = value_at("add_gradient_noise", "scale", scale, time)
