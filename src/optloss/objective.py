@@ -40,7 +40,9 @@ class Objective:
         """Return the loss at other parameters, for line searches."""
         del step  # optax hands on all that a line search does not name
         params = fill_masked(trained, self.params)
-        return self._call(params, self.model_state, self.args, self.kwargs).loss
+        found = self._call(params, self.model_state, self.args, self.kwargs)
+        value: jax.Array = found.loss
+        return value
 
     def gradient(
         self, trained: PyTree, value_and_grad: ValueAndGrad, scale: jax.Array | None
