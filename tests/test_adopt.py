@@ -105,6 +105,7 @@ FRESH = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("pair", PAIRS)
 def test_adopt_keeps_what_is_alike_and_starts_the_rest(pair):
     old, new, _ = PAIRS[pair]
@@ -222,6 +223,7 @@ RAW = {"orbax": raw_orbax, "msgpack": raw_msgpack}
 raws = pytest.mark.parametrize("raw", RAW.values(), ids=RAW)
 
 
+@pytest.mark.wide
 @raws
 @pytest.mark.parametrize("packed", [0, 4])
 @pytest.mark.parametrize("optimizer", ["adamw", "RMSProp", "Ftrl", "SGD"])

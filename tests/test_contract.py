@@ -287,6 +287,7 @@ def test_vmap_does_several_at_once(name):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], (updates, states)), alone)
 
 
+@pytest.mark.wide
 @every_transform
 def test_it_can_be_differentiated(name):
     params = plain_parameters()
@@ -312,6 +313,7 @@ def test_it_can_be_differentiated(name):
     np.testing.assert_allclose(directional, expected, rtol=0.02, atol=2e-3)
 
 
+@pytest.mark.wide
 @every_transform
 def test_inject_hyperparams_may_hold_its_numbers(name):
     made, params = TRANSFORMS[name], plain_parameters()
@@ -324,6 +326,7 @@ def test_inject_hyperparams_may_hold_its_numbers(name):
     assert_close(updates, alone)
 
 
+@pytest.mark.wide
 @every_transform
 def test_masked_and_multi_steps_may_wrap_it(name):
     """Two half steps of a masked transform are one whole step of it."""

@@ -150,6 +150,7 @@ def test_the_derivative_by_the_rate_is_a_difference_quotient(name, settings):
     np.testing.assert_allclose(slope, quotient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

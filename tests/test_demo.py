@@ -40,6 +40,7 @@ def straight(tmp_path_factory):
     return folder
 
 
+@pytest.mark.wide
 def test_events_hold_every_scalar_of_every_step(straight):
     events = EventAccumulator(
         str(straight / "logs"), {"scalars": 0, "histograms": 0}
@@ -67,6 +68,7 @@ def test_it_draws_a_picture(straight):
     assert len(picture) > 10_000
 
 
+@pytest.mark.wide
 def test_an_interrupted_run_goes_on_to_the_same_end(
     straight, tmp_path, monkeypatch, capsys
 ):

@@ -81,6 +81,7 @@ def run(text, name):
     return "".join(report)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -77,6 +77,7 @@ def check(op, params, x, init=None):
     return state
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning")
 def test_what_the_caller_gave_lives_on(optimizer):
@@ -89,6 +90,7 @@ def test_what_the_caller_gave_lives_on(optimizer):
 KEEPERS = ["rprop", "prodigy", "dog", "cocob", "madgrad", *INSTANCES]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("optimizer", KEEPERS)
 @pytest.mark.parametrize("how", ["guarded", "jitted init", "sharded"])
 def test_however_the_state_was_made(optimizer, how):

@@ -43,6 +43,7 @@ def test_the_diff_that_the_docs_show_is_the_diff(library):
     assert (EXAMPLES / "adopt" / f"{library}.diff").read_text() == diff
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("library", ADOPTING)
 def test_both_loops_train_alike(library, capsys):
     plain = run(EXAMPLES / "adopt" / f"{library}_before.py")
@@ -56,6 +57,7 @@ def test_both_loops_train_alike(library, capsys):
     assert 0 <= float(printed[1].split()[-1]) < 0.5  # the share that was clipped
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("library", ADOPTING)
 def test_the_digits_are_learned(library, capsys):
     main = runpy.run_path(str(EXAMPLES / f"digits_{library}.py"))["main"]
@@ -63,6 +65,7 @@ def test_the_digits_are_learned(library, capsys):
     assert "held-out accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.wide
 def test_the_character_model_explodes_only_without_the_clip(capsys):
     main = runpy.run_path(str(EXAMPLES / "char_model.py"))["main"]
     clipped, exploded = (
@@ -97,6 +100,7 @@ def test_micro_batches_are_one_step(capsys):
     assert "step 60" in capsys.readouterr().out
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "path", sorted(EXAMPLES.glob("plot_*.py")), ids=lambda path: path.stem
 )

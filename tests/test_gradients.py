@@ -147,6 +147,7 @@ def test_without_a_batch_each_slice_draws_its_own():
 DTYPES = ["float32", "float16", "bfloat16", "complex64"]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "value_and_grad", [accumulate_gradients(4), clip_per_example(np.inf)], ids=repr
 )

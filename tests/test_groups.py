@@ -117,6 +117,7 @@ MUON = {
 }
 
 
+@pytest.mark.wide
 def test_muon_adamw_and_no_decay_on_norms_equal_a_partition_by_hand():
     train_op = make(
         MUON,

@@ -198,6 +198,7 @@ SPECS = [("a", "b"), ("a", None), (None, "b"), (("a", "b"), None), (None, None)]
 SPREAD = np.random.default_rng(5).standard_normal((16, 8)).astype(np.float32)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_sharded_array_is_counted_once_without_being_gathered(spec, kind):

@@ -74,6 +74,7 @@ WAYS = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_a_constant_gradient(constant, way):
@@ -90,6 +91,7 @@ def test_a_constant_gradient(constant, way):
     assert np.all(np.isfinite(moved))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("constant", [0.0, 1e-30, 1e30])
 def test_every_clip(constant, clip):

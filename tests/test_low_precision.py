@@ -74,6 +74,7 @@ def trained(optimizer, dtype):
     return start, last, np.asarray(losses), states
 
 
+@pytest.mark.wide
 @every_optimizer
 def test_it_trains_and_no_type_changes(optimizer, record_property):
     start, last, losses, _ = trained(optimizer, jnp.bfloat16)
@@ -102,6 +103,7 @@ def in_float32(tree):
     )
 
 
+@pytest.mark.wide
 @every_optimizer
 def test_a_single_update_is_that_of_float32(optimizer):
     transform = make_optimizer(RATES[optimizer], optimizer)

@@ -270,6 +270,7 @@ CALLED = [
 ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "run"),
     [*((name, scanned) for name in FORMS), *((name, called) for name in CALLED)],
@@ -539,6 +540,7 @@ SWEPT = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("argument", SWEPT)
 def test_an_argument_may_be_traced(argument):
     def trained(value):

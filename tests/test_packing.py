@@ -87,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", CASES)
 def test_packed_leaves_train_as_single_ones_do(name):
     results = []

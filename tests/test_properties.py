@@ -196,6 +196,7 @@ def decayed(name):
     return jax.jit(DECAYS[name][0], static_argnums=2)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", DECAYS)
 @several
 @given(rates, steps, spans, shares)
@@ -230,6 +231,7 @@ specs = st.builds(
 )
 
 
+@pytest.mark.wide
 @several
 @given(st.one_of(st.text(), names, specs))
 def test_any_text_gives_a_factory_or_a_refusal_and_runs_nothing(text):

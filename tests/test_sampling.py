@@ -158,6 +158,7 @@ def test_every_float_below_one_has_a_real_radius():
 # The laws
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("distribution", ["normal", "truncated_normal"])
 def test_a_million_draws_follow_the_law(distribution, scale):
@@ -181,6 +182,7 @@ def test_float64_follows_the_law(distribution):
     assert stats.kstest(np.asarray(z), LAWS[distribution].cdf).pvalue > 0.01
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("distribution", ["normal", "truncated_normal"])
 def test_other_implementations_follow_the_law(impl, distribution):
@@ -197,6 +199,7 @@ def test_the_tails_of_ten_million_draws_are_full():
         assert abs((z > bound).sum() - expected) < 4 * np.sqrt(expected)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
 def test_a_complex_draw_has_a_mean_square_of_one(impl, dtype):
@@ -232,6 +235,7 @@ def correlations(draws):
     return np.abs(found[between]).max()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_leaves_steps_keys_and_shards_are_independent(impl):
     shape, key = (300, 400), jax.random.key(7, impl=impl)
@@ -253,6 +257,7 @@ def test_neighbours_are_independent():
     assert correlations(lagged) < 5 / np.sqrt(MANY)
 
 
+@pytest.mark.wide
 def test_no_two_of_many_leaves_are_alike():
     names = [f"layers/{i}/bias" for i in range(300)]
     draws = np.stack(draw(names, [jnp.zeros(100)] * 300))
@@ -280,6 +285,7 @@ SHAPES = [(), (1,), (7,), (256,), (257,), (50, 50), (3, 5, 7), (0, 3), (SMALL,)]
 LARGE = [(SMALL + 1,), (300, 111)]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("distribution", ["normal", "truncated_normal"])
 def test_a_leaf_is_drawn_the_same_alone_and_among_others(distribution):
     likes = [jnp.zeros(shape) for shape in SHAPES + LARGE]
@@ -302,6 +308,7 @@ def test_one_element_is_rounded_like_many(quantile):
     np.testing.assert_array_equal(many, jnp.concatenate(one_by_one))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_leaves_drawn_together_are_drawn_as_each_alone(impl, dtype):
@@ -417,6 +424,7 @@ SHARDED = {
 SHARDED_SHAPES = [(512, 64), (64, 512), (64,), (128, 8), (8, 16, 16)]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axes", MESHES)
 def test_each_device_draws_its_own_shard(axes, kind):
@@ -442,6 +450,7 @@ def test_each_device_draws_its_own_shard(axes, kind):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("impl", "check_vma"),  # philox4x32 fails in JAX itself
     [("threefry2x32", False), *((impl, True) for impl in EVERYWHERE)],

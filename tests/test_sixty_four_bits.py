@@ -52,6 +52,7 @@ def forget():
         cached.cache_clear()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("order", [(True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("jit", [False, True])
 def test_counts_equal_numpys_in_both_orders(order, jit):
@@ -64,6 +65,7 @@ def test_counts_equal_numpys_in_both_orders(order, jit):
                 assert_counted(count(jnp.asarray(array)), array, wide)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_is_counted(dtype, shape):

@@ -10,6 +10,7 @@ import pytest
 SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(not SOAK.exists(), reason="the benchmarks are not shipped")
 @pytest.mark.parametrize(
     ("steps", "kills"), [(300, 1), pytest.param(20_000, 10, marks=pytest.mark.soak)]

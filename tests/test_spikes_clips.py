@@ -364,6 +364,7 @@ def test_what_is_not_finite_leaves_the_statistics_alone(name):
             assert raw(getattr(after, field)) == raw(getattr(before, field))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", EVERY | MODES)
 @pytest.mark.parametrize(
     "norms",
@@ -397,6 +398,7 @@ def test_a_spike_is_cut_at_any_magnitude():
             assert 0.5 * scale < clipped[-1] < 1.5 * scale
 
 
+@pytest.mark.wide
 @every_clip
 def test_a_run_that_is_saved_goes_on_bit_for_bit(name, tmp_path):
     clip, params, norms = EVERY[name](), small_params(), recorded_norms()[:60]
@@ -424,6 +426,7 @@ def assert_alike(found, name, params):
     assert distance(found[1], expected[1]) < 1e-5
 
 
+@pytest.mark.wide
 @every_clip
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_eight_devices_clip_as_one(name, kind):
@@ -437,6 +440,7 @@ def test_eight_devices_clip_as_one(name, kind):
     assert_alike(found, name, params)
 
 
+@pytest.mark.wide
 @every_clip
 @pytest.mark.parametrize("checked", [True, False])
 def test_shards_are_clipped_by_the_norm_of_the_whole_leaf(name, checked):
@@ -474,6 +478,7 @@ def test_what_looks_at_leaves_is_not_packed():
             assert looks_at_leaves(Stage("clip", clip)) == looks
 
 
+@pytest.mark.wide
 @every_clip
 def test_it_goes_with_packing_and_into_a_training_op(name):
     params = small_params()
@@ -558,6 +563,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_may_be_traced(name):
     (make, options), params = NUMBERS[name], small_params()

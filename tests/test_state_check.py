@@ -119,6 +119,7 @@ def test_states_of_a_jitted_init_and_a_jit_of_the_users(op):
     taken(jax.jit(op().update), state)
 
 
+@pytest.mark.wide
 @ops
 def test_states_under_vmap(op):
     many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), PARAMS)

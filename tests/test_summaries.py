@@ -320,6 +320,7 @@ def test_published_values_equal_numpys_over_200_updates(run):
     assert_published(train(run, 0.1), 0.1)
 
 
+@pytest.mark.wide
 def test_published_values_equal_numpys_under_vmap_of_four_rates():
     rates = np.float32([0.02, 0.05, 0.1, 0.3])
     found = jax.vmap(functools.partial(train, "scan"))(rates)
@@ -379,5 +380,5 @@ def test_an_optimizer_that_watches_the_loss_is_shown_it():
         state, output = op(state, level)
         moves.append(before - float(state.params))
         assert output.loss == level
-        assert output.summaries["OptimizeLoss/learning_rate"] == 0.25
+        assert output.summaries["OptimizeLoss/learning_rate"] == moves[-1]
     assert moves == [0.25] * 4 + [0.125] * 3

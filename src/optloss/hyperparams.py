@@ -1,6 +1,6 @@
 """What ``optax.inject_hyperparams`` inside an optimizer does to its learning rate.
 
-Its state holds the hyperparameters that it was made with. An optimizer is made anew at
+Its state holds the hyperparameters that it was made with. An optimizer is made again at
 each update, with the rate of that step, and such a state would still hold the first.
 """
 

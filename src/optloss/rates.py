@@ -24,7 +24,7 @@ from optloss.typing import PyTree, Scalar
 def set_learning_rate(state: PyTree, value: Scalar | Mapping[str, Scalar]) -> PyTree:
     """Return ``state`` with another learning rate (before decay, where there is one).
 
-    Nothing is compiled anew: the rate is a scalar in the state, not a constant of the
+    Nothing is compiled again: the rate is a scalar in the state, not a constant of the
     program.
 
     Args:

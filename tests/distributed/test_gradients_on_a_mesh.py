@@ -52,6 +52,7 @@ def objective_of(loss):
     return objective
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("way", "kind", "specs"), CASES)
 def test_no_example_moves(way, kind, specs):
     batch, params = make_batches(1, rows=ROWS)[0], make_params()

@@ -87,6 +87,7 @@ def test_the_docs_print_what_was_measured(large_model):
     assert printed == large_model.table(rows, moved) + "\n"
 
 
+@pytest.mark.wide
 def test_the_step_that_is_measured_trains(large_model, mesh):
     tiny = large_model.Size(layers=1, width=32, hidden=64, heads=2, vocabulary=64)
     shapes = large_model.shapes_of(tiny, mesh)

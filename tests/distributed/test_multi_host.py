@@ -65,6 +65,7 @@ def two_processes(tmp_path_factory):
     return [LINE.findall(printed) for printed, _ in results], folder
 
 
+@pytest.mark.wide
 def test_two_processes_hold_the_same_bits(two_processes):
     (first, second), _ = two_processes
     assert [line[:3] for line in first] == [
@@ -83,6 +84,7 @@ def undisturbed(example, tmp_path_factory):
     return example.train("data-parallel", MORE, folder)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("layout", ["data-parallel", "fully-sharded"])
 def test_one_process_goes_on_where_two_ended(
     layout, two_processes, undisturbed, example, tmp_path

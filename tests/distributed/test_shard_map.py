@@ -182,6 +182,7 @@ def run_alone(noise):
     return run(op.init(make_params()), stacked_batches())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("specs", "noise"),
     [(REPLICATED, 0.05), (SHARDED, None), (MIXED, None)],
@@ -387,6 +388,7 @@ def test_histograms_and_norms_of_parameters_cover_all_devices():
         np.testing.assert_allclose(found.max, leaf.max(), rtol=1e-4)
 
 
+@pytest.mark.wide
 def test_pmap_trains_data_parallel():
     """There a gradient is averaged by averaging the parameters it is taken at."""
 

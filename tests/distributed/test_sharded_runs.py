@@ -61,6 +61,7 @@ def run_on_one_device(dtype):
     return state, output
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=str
 )
@@ -178,6 +179,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
+@pytest.mark.wide
 @KINDS
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_fifty_steps_and_a_change_of_rate_compile_once(kind, jitted, compilations):
@@ -333,6 +335,7 @@ def assert_identical(found, expected):
         assert one.tobytes() == other.tobytes()
 
 
+@pytest.mark.wide
 @KINDS
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_noise_is_bit_identical_on_any_number_of_devices(kind, devices):

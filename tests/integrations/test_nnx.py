@@ -128,6 +128,7 @@ def test_a_shared_variable_is_one_parameter():
     assert model.again.kernel is model.one.kernel
 
 
+@pytest.mark.wide
 def test_a_run_restored_from_disk_goes_on_bit_for_bit(tmp_path):
     def start():
         model = Net()

@@ -129,6 +129,7 @@ def served(tmp_path_factory):
         yield written, ask
 
 
+@pytest.mark.wide
 def test_it_serves_the_run_and_every_tag(served):
     _, ask = served
     assert ask("runs") == ["run"]

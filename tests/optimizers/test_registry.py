@@ -49,6 +49,7 @@ def kinds(tree):
     ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_optimizer_trains_floats_and_half_floats_with_one_trace(name):
     factory = registry.get_factory("call", SPECS.get(name, name))

@@ -7,7 +7,7 @@ optax's function of a like name: in where an epsilon stands, in how a slot start
 Notation: a parameter :math:`w`, its gradient :math:`g`, the rate :math:`\eta`. Products
 are elementwise; of a complex gradient, :math:`g^2` is :math:`\lvert g \rvert^2`.
 
-No state depends on the rate, so that a factory may be called anew for every rate. All
+No state depends on the rate, so that a factory may be called again for every rate. All
 is computed in float32 for half-precision leaves and in the leaf's own precision
 otherwise, to which the rate and the hyper-parameters are rounded. Gradients that are no
 floating or complex arrays pass through, ``None`` among them, and touch no slot.

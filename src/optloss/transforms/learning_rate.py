@@ -116,7 +116,7 @@ def _descend(rate: jax.Array) -> optax.GradientTransformation:
 def inject_learning_rate(
     factory: Factory, learning_rate: Rate, decay_fn: DecayFn | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Build an optimizer anew at every update, with the learning rate of that step.
+    r"""Build an optimizer again at every update, with the learning rate of that step.
 
     ``factory(rate)`` is called with a traced scalar once per trace, so that the rate
     may stand anywhere in the optimizer (Ftrl has it inside a square root's divisor) and
@@ -208,7 +208,8 @@ def with_rate(
         base = None if callable(learning_rate) else start_rate(learning_rate)
         rate = jnp.zeros((), jnp.float32) if base is None else jnp.copy(base)
         trained = inexact_only(params)
-        inner = build(rate).init(trained)
+        first = build(rate).init(trained)
+        inner = keep_dtypes(first, first)  # in strong types, as an update leaves them
         check_rate_is_outside(call, factory, inner, trained)
         step = jnp.zeros((), jnp.int32)
         stored = None if base is None else _under(key, base)
