@@ -180,7 +180,8 @@ def shard_state(state: Any, params: Any) -> Any:
 
     def place(path: Path, leaf: Any) -> Any:
         parameter = _mirrored(path, leaf, mirrored)
-        if is_traced(leaf):
+        # Under vmap, zeros like a traced parameter are no tracer.
+        if is_traced(leaf) or (home is not None and is_traced(parameter)):
             return _place_traced(leaf, parameter, home)
         if home is None or not isinstance(leaf, jax.Array):
             return leaf
