@@ -10,7 +10,14 @@ import math
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import optloss
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LEAVES, ELEMENTS = 4, 4096
@@ -112,6 +119,19 @@ def test_the_norm_of_known_gradients_is_folded_right(
     ]
 
 
+def test_a_jitted_init_spreads_the_moments_on_a_tpu(compilers):
+    if lacking := compilers.missing("tpu"):
+        pytest.skip(f"compiling for a TPU takes {' and '.join(lacking)}")
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec("x"))
+    params = {"w": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=spread)}
+    op = optloss.optimize_loss(lambda p: jnp.sum(p["w"]), 0, 0.1, "adam")
+    lowered = jax.jit(op.init).trace(params).lower(lowering_platforms=("tpu",))
+    made = lowered.compile().output_shardings
+    assert made.opt_state.optimizer.inner[0].mu["w"].is_equivalent_to(spread, 2)
+
+
 THUNKS = """\
 000: kCommandBuffer [source       | next=011 (1)]
     001: kCopy         [source       | next=002 (1)] kCopy
@@ -174,9 +194,6 @@ def test_what_is_read_off_a_program(compilers):
 
 
 def test_arrays_that_are_not_updated_in_place_are_counted(compilers):
-    import jax
-    import jax.numpy as jnp
-
     state = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4,), (3,), (5, 2))]
     assert compilers.copied(HLO, state) == 3 * 4
     scalar = jax.ShapeDtypeStruct((), jnp.float32)

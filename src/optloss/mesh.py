@@ -238,7 +238,7 @@ def _place_traced(leaf: Any, parameter: Any, home: Any) -> Any:
         beside = parameter is not None
         sharding = jax.typeof(parameter).sharding if beside else _everywhere(home, leaf)
         return jax.sharding.reshard(leaf, sharding)
-    if parameter is None or parameter is leaf:
+    if parameter is None or not jnp.issubdtype(parameter.dtype, jnp.inexact):
         return leaf
     return jnp.where(_never(parameter), jnp.ones((), leaf.dtype), leaf)
 
@@ -251,8 +251,11 @@ def zeros_like(leaf: jax.Array, dtype: Any) -> jax.Array:
 
 def _never(leaf: jax.Array) -> jax.Array:
     # With Auto axes zeros_like(leaf) loses the sharding; what is computed from leaf, as
-    # this False everywhere, has it.
-    return jnp.abs(leaf) < 0
+    # this False everywhere, has it. A TPU's compiler knows that abs(leaf) < 0 is False.
+    real = leaf.real if jnp.iscomplexobj(leaf) else leaf
+    width = real.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(real, jnp.dtype(f"uint{width}"))
+    return jax.lax.population_count(bits) > width
 
 
 def kept_shardings(state: Any, params: Any) -> tuple[Any, ...] | None:
