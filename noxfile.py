@@ -27,6 +27,8 @@ PAIRS = [
     nox.param("3.13", NEWEST, id="py3.13-newest"),
 ]
 LINES, BRANCHES = 99.0, 97.0
+# A worker keeps the tests of a file together, which share what they compile.
+IN_TWO = ("-n", "2", "--dist", "worksteal")
 
 
 def pyenv_folders() -> list[str]:
@@ -98,10 +100,17 @@ def typing(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python, versions", PAIRS)
 def tests(session: nox.Session, versions: list[str]) -> None:
-    """Run the suite on each pair of a Python and a JAX that is promised."""
+    """Run the suite, wide tests too, on each pair of a Python and a JAX promised."""
     session.install("--upgrade", "-e", ".", *groups("test"), *versions)
     session.run("python", ".ci/versions.py")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *IN_TWO, "-m", "not soak", *session.posargs)
+
+
+@nox.session
+def wide(session: nox.Session) -> None:
+    """Run what the suite leaves out for its length: tables of many like cases."""
+    session.install("-e", ".", *groups("test"))
+    session.run("pytest", *IN_TWO, "-m", "wide", *session.posargs)
 
 
 @nox.session
@@ -109,7 +118,9 @@ def doctests(session: nox.Session) -> None:
     """Run every ``>>>`` of the docstrings, the README and the docs."""
     session.install("-e", ".", *groups("test"))
     pages = "tests/test_documents.py"
-    session.run("pytest", "--doctest-modules", "src", pages, *session.posargs)
+    session.run(
+        "pytest", "--doctest-modules", "-m", "not soak", "src", pages, *session.posargs
+    )
 
 
 @nox.session
@@ -136,7 +147,7 @@ def coverage(session: nox.Session) -> None:
     session.install("-e", ".", *groups("test"))
     report = Path(session.create_tmp(), "coverage.json")
     session.run(
-        "pytest", "--cov", "--cov-report=term-missing", f"--cov-report=json:{report}",
+        "pytest", *IN_TWO, "-m", "not soak", "--cov", "--cov-report=term-missing", f"--cov-report=json:{report}",
         *session.posargs,
     )  # fmt: skip
     totals = json.loads(report.read_text())["totals"]

