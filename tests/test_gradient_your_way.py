@@ -79,12 +79,13 @@ def test_statistics_pass_the_slices_in_order_and_keys_are_split():
         dropped = jax.random.bernoulli(key, 0.5, x.shape)
         return loss(params, (x - mean) * dropped, y), {"mean": mean}, dropped.sum()
 
+    one = jax.jit(normalised)
     key, state = jax.random.key(3), {"mean": jnp.zeros(3)}
     train_op = make(normalised, value_and_grad=optloss.accumulate_gradients(4))
     found, output = train_op(train_op.init(PARAMS, state), X, Y, key)
     kept = []
     for i, own in enumerate(jax.random.split(key, 4)):
-        _, state, dropped = normalised(PARAMS, state, X[i::4], Y[i::4], own)
+        _, state, dropped = one(PARAMS, state, X[i::4], Y[i::4], own)
         kept.append(dropped)
     close(found.model_state, state)
     assert output.aux.tolist() == [int(count) for count in kept]
@@ -159,23 +160,26 @@ def test_four_slices_need_a_third_of_the_temporaries():
     assert temporaries(4) <= 0.35 * temporaries(1)
 
 
+MANY = np.resize(X, (256, 3)), np.resize(Y, 256)
+
+
+@functools.cache
+def plain_of_many():
+    return run(make(), batches=[MANY])
+
+
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_accumulation_keeps_the_batch_where_it_is(kind):
-    rows = 256
-    x = np.resize(X, (rows, 3))
-    y = np.resize(Y, rows)
     mesh = line(kind)
     train_op = make(value_and_grad=optloss.accumulate_gradients(4))
     with entered(mesh):
         state = train_op.init(put(PARAMS, mesh, P()))
-        batch = [
-            jax.device_put(part, NamedSharding(mesh, P("data"))) for part in (x, y)
-        ]
+        batch = put(MANY, mesh, (P("data"), P("data")))
         program = jax.jit(train_op.update).lower(state, *batch).compile()
-        state, output = train_op(state, *batch)
+        state, output = program(state, *batch)
     assert {found.kind for found in collectives(program)} == {"all-reduce"}
-    expected = run(make(), batches=[(x, y)])
-    close((state.params, output.loss), (expected[0].params, expected[1].loss), 1e-5)
+    expected, whole = plain_of_many()
+    close((state.params, output.loss), (expected.params, whole.loss), 1e-5)
 
 
 def test_a_line_search_sees_the_whole_batch():
@@ -341,7 +345,7 @@ GROUPS = {"optimizer": {"w": "sgd", "**": "adam"}, "colocate_gradients_with_ops"
 
 @pytest.mark.parametrize(
     "options",
-    [OPTIONS, {**GUARDED, "variables": "v"}, GROUPS],
+    [{**OPTIONS, "variables": "v", "gradient_multipliers": None}, GUARDED, GROUPS],
     ids=["summaries", "guarded", "groups"],
 )
 def test_the_losss_own_gradients_make_the_same_step(options):
@@ -500,12 +504,17 @@ def test_a_traced_start_is_the_start():
     chex.assert_trees_all_equal(jax.jit(train_op.init)(PARAMS), train_op.init(PARAMS))
 
 
+WIDE = {name: np.resize(leaf, (3, 8)[-leaf.ndim :]) for name, leaf in PARAMS.items()}
+
+
+@functools.cache
+def expected_of_wide():
+    return run(make(**ALL), WIDE)[0]
+
+
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_on_a_mesh(kind):
     rows = {"w": P(None, "data"), "v": P("data")}
-    params = {
-        name: np.resize(leaf, (3, 8)[-leaf.ndim :]) for name, leaf in PARAMS.items()
-    }
 
     def gathered(params, x, y):
         return loss(jax.tree.map(lambda p: reshard(p, P()), params), x, y)
@@ -513,13 +522,12 @@ def test_on_a_mesh(kind):
     mesh = line(kind)
     train_op = make(gathered if kind == EXPLICIT else loss, **ALL)
     with entered(mesh):
-        state = train_op.init(put(params, mesh, rows))
+        state = train_op.init(put(WIDE, mesh, rows))
         for _ in range(3):
             state, _ = train_op(state, X, Y)
         averages = train_op.averaged(state)
         given, _ = train_op.apply_gradients(state, averages, loss=1.0)
-    expected = run(make(**ALL), params)[0]
-    close(averages, make(**ALL).averaged(expected), 1e-5, 1e-5)
+    close(averages, make(**ALL).averaged(expected_of_wide()), 1e-5, 1e-5)
     close(given.average.step, 4)
     for tree in (averages, given.params, given.average.params):
         for name, leaf in tree.items():
