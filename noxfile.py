@@ -147,8 +147,8 @@ def coverage(session: nox.Session) -> None:
     session.install("-e", ".", *groups("test"))
     report = Path(session.create_tmp(), "coverage.json")
     session.run(
-        "pytest", *IN_TWO, "-m", "not soak", "--cov", "--cov-report=term-missing", f"--cov-report=json:{report}",
-        *session.posargs,
+        "pytest", *IN_TWO, "-m", "not soak", "--cov", "--cov-report=term-missing",
+        f"--cov-report=json:{report}", *session.posargs,
     )  # fmt: skip
     totals = json.loads(report.read_text())["totals"]
     lines = 100 * (1 - totals["missing_lines"] / totals["num_statements"])
