@@ -53,7 +53,16 @@ from optloss.trees import (
     own_copies,
     select_leaves,
 )
-from optloss.typing import PyTree
+from optloss.typing import (
+    Clip,
+    DecayFn,
+    LearningRate,
+    Multipliers,
+    NoiseScale,
+    Optimizer,
+    PyTree,
+    Variables,
+)
 
 Transform = optax.GradientTransformationExtraArgs
 CARRY_OVER = (
@@ -300,17 +309,17 @@ def _of_trained(extra: Extra, selected: list[bool], params: PyTree) -> Extra:
 
 
 def make_optimizer(
-    learning_rate: Any,
-    optimizer: Any,
+    learning_rate: LearningRate,
+    optimizer: Optimizer,
     *,
-    gradient_noise_scale: Any = None,
-    gradient_multipliers: Any = None,
-    clip_gradients: Any = None,
-    learning_rate_decay_fn: Any = None,
-    learning_rate_multipliers: Any = None,
-    variables: Any = None,
+    gradient_noise_scale: NoiseScale = None,
+    gradient_multipliers: Multipliers | None = None,
+    clip_gradients: Clip = None,
+    learning_rate_decay_fn: DecayFn | None = None,
+    learning_rate_multipliers: Multipliers | None = None,
+    variables: Variables = None,
     skip_nonfinite: bool = False,
-    seed: Any = 0,
+    seed: int | jax.Array = 0,
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
