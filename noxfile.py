@@ -95,6 +95,7 @@ def typing(session: nox.Session) -> None:
     session.install("-e", ".", *groups("typing"))
     session.run("mypy", *session.posargs)
     session.run("pyright", *session.posargs)
+    session.run("pytest", "tests/test_typing.py")
 
 
 @nox.session

@@ -1,8 +1,10 @@
 """Typical uses, which must type-check for users; nothing here is run.
 
-``mypy --strict`` and ``pyright`` look at it: an ``assert_type`` that fails is an error.
+``tests/test_typing.py`` has ``mypy --strict`` and ``pyright`` look at it: an
+``assert_type`` that fails is an error.
 """
 
+import re
 from functools import partial
 from typing import Any, assert_type
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import optloss
+import optloss.typing as types
 from optloss.integrations.linen import TrainState
 from optloss.integrations.nnx import ModelTrainOp
 from optloss.integrations.nnx import optimize_loss as optimize_model
@@ -124,4 +127,181 @@ def nnx(model: Any, x: jax.Array) -> jax.Array:
     )
     assert_type(op, ModelTrainOp)
     op.restore(op.state)
-    return op(x).loss
+    found: jax.Array = op(x).loss
+    return found
+
+
+def schedules(step: jax.Array) -> float:
+    return 0.1
+
+
+class Sgd:
+    """An optimizer of a user's own, which is no NamedTuple."""
+
+    def __init__(self, rate: jax.Array) -> None:
+        self.rate = rate
+
+    def init(self, params: Params) -> tuple[()]:
+        return ()
+
+    def update(
+        self, updates: Params, state: tuple[()], params: Params | None = None
+    ) -> tuple[Params, tuple[()]]:
+        return {name: -self.rate * g for name, g in updates.items()}, state
+
+
+def with_aux(params: Params, x: jax.Array) -> tuple[jax.Array, int]:
+    return loss(params, x), 1
+
+
+def both(
+    params: Params, state: Params, x: jax.Array
+) -> tuple[jax.Array, Params, jax.Array]:
+    return loss(params, x), state, x
+
+
+def halved(
+    pairs: list[tuple[jax.Array, jax.Array]],
+) -> list[tuple[jax.Array, jax.Array]]:
+    return [(g / 2, v) for g, v in pairs]
+
+
+def rates_and_optimizers(rate: jax.Array, chosen: str) -> None:
+    make = partial(optloss.optimize_loss, loss, 0)
+    rates = {"**": 0.1}
+    patterns: dict[types.Pattern, types.Scalar] = {"w": 0.1, re.compile(".*"): rate}
+    named = {"**/kernel": "muon", "**": "adamw"}
+    optloss.optimize_loss(loss, 0, 1, "adam")
+    optloss.optimize_loss(loss, rate, rate, chosen)
+    optloss.optimize_loss(loss, None, rate, optax.adam)
+    optloss.optimize_loss(loss, 0, schedules, Sgd)
+    optloss.optimize_loss(loss, 0, lambda step: 0.1 / (step + 1), "Adam")
+    optloss.optimize_loss(loss, 0, optax.cosine_decay_schedule(0.1, 9), "Adam")
+    optloss.optimize_loss(loss, 0, None, optax.adam(0.1))
+    optloss.optimize_loss(loss, 0, None, Sgd(rate))
+    optloss.optimize_loss(loss, 0, None, lambda: optax.sgd(0.1))
+    optloss.optimize_loss(loss, 0, 0.1, lambda rate: optax.sgd(rate, momentum=0.9))
+    optloss.optimize_loss(loss, 0, rates, named)
+    optloss.optimize_loss(loss, 0, patterns, "adam")
+    optloss.optimize_loss(loss, 0, {"w": 0.1, re.compile(".*"): schedules}, "adam")
+    optloss.optimize_loss(
+        loss, 0, {"w": None, "**": 0.1}, {"w": Sgd(rate), "**": "adam(b1=0.8)"}
+    )
+    optloss.optimize_loss(loss, 0, 0.1, {re.compile(".*"): optax.sgd, "b": "adam"})
+    assert_type(make(0.1, "adam"), optloss.TrainOp)
+
+
+def arguments(rate: jax.Array, mask: Any, params: Params) -> None:
+    optloss.optimize_loss(with_aux, 0, 0.1, "adam", gradient_noise_scale=0.1)
+    optloss.optimize_loss(both, 0, 0.1, "adam", gradient_noise_scale=schedules)
+    optloss.optimize_loss(loss, 0, 0.1, "adam", gradient_noise_scale=rate, seed=1)
+    optloss.optimize_loss(
+        loss, 0, 0.1, "adam", gradient_multipliers={"w": schedules, "b": rate}
+    )
+    optloss.optimize_loss(
+        loss, 0, 0.1, "adam", gradient_multipliers={re.compile("w"): 1, "b": 0.5}
+    )
+    multipliers = optloss.layerwise_decay(0.5, "layer_{}/**", 3)
+    optloss.optimize_loss(loss, 0, 0.1, "adam", learning_rate_multipliers=multipliers)
+    for clip in (1, 1.0, rate, halved, optloss.zclip(), optax.clip(1.0), None):
+        optloss.optimize_loss(loss, 0, 0.1, "adam", clip_gradients=clip)
+    optloss.optimize_loss(
+        loss,
+        0,
+        0.1,
+        "adam",
+        clip_gradients=lambda pairs: [(g / 2, v) for g, v in pairs],
+    )
+    optloss.optimize_loss(
+        loss,
+        0,
+        0.1,
+        "adam",
+        learning_rate_decay_fn=lambda rate, step: rate / (1 + step),
+    )
+    optloss.optimize_loss(loss, 0, 0.1, "adam", variables="w")
+    optloss.optimize_loss(loss, 0, 0.1, "adam", variables={"w", re.compile("b")})
+    optloss.optimize_loss(
+        loss, 0, 0.1, "adam", variables=lambda name, leaf: leaf.ndim > 1
+    )
+    optloss.optimize_loss(loss, 0, 0.1, "adam", variables=mask)
+    asked = optloss.OPTIMIZER_SUMMARIES
+    optloss.optimize_loss(loss, 0, 0.1, "adam", name="", summaries=asked)
+    optloss.optimize_loss(loss, 0, 0.1, "adam", summaries=("loss",), histogram_every=9)
+    optloss.optimize_loss(loss, 0, 0.1, "adam", None, None, None, None, [keep])
+    optloss.optimize_loss(loss, 0, 0.1, "adam", axis_name=("data", "model"))
+    for differentiate in (
+        jax.value_and_grad,
+        optloss.accumulate_gradients(4),
+        optloss.clip_per_example(1.0, in_axes=(0, None), batch=8),
+    ):
+        optloss.optimize_loss(loss, 0, 0.1, "adam", value_and_grad=differentiate)
+    for scale in (None, 128, 128.0, optloss.dynamic_loss_scale()):
+        optloss.optimize_loss(loss, 0, 0.1, "adam", loss_scale=scale)
+    for decay in (None, 0.99, schedules):
+        optloss.optimize_loss(loss, 0, 0.1, "adam", moving_average=decay)
+    optloss.optimize_loss(
+        loss, 0, 0.1, "adam", projection=optax.projections.projection_non_negative
+    )
+
+
+def named_types(
+    rate: types.LearningRate,
+    optimizer: types.Optimizer,
+    noise: types.NoiseScale,
+    multipliers: types.Multipliers,
+    clip: types.Clip,
+    decay_fn: types.DecayFn,
+    variables: types.Variables,
+    op: types.UpdateOp,
+    summaries: types.Summaries,
+    value_and_grad: types.ValueAndGrad,
+    function: types.Loss,
+) -> optloss.TrainOp:
+    return optloss.optimize_loss(
+        function, 0, rate, optimizer, noise, multipliers, clip, decay_fn, [op],
+        variables, None, summaries, value_and_grad=value_and_grad,
+    )  # fmt: skip
+
+
+def decays(rate: float, step: jax.Array) -> list[jax.Array]:
+    return [
+        optloss.exponential_decay(rate, step, 100, 0.9, staircase=True),
+        optloss.natural_exp_decay(rate, step, 100, 0.9),
+        optloss.inverse_time_decay(rate, step, 100, 0.9),
+        optloss.polynomial_decay(rate, step, 100, power=2, cycle=True),
+        optloss.cosine_decay(jnp.float32(rate), 7, step, alpha=0.1),
+        optloss.cosine_decay_restarts(rate, step, 100, t_mul=1.5),
+        optloss.linear_cosine_decay(rate, step, 100),
+        optloss.noisy_linear_cosine_decay(rate, step, 100, key=jax.random.key(0)),
+        optloss.piecewise_constant(step, [1, 2], [0.1, 0.2, rate]),
+    ]
+
+
+def states(op: optloss.TrainOp, params: Params) -> list[str]:
+    state = op.adopt(op.init(params), params)
+    assert_type(state, optloss.TrainOpState)
+    assert_type(optloss.get_learning_rate(state), jax.Array | dict[str, jax.Array])
+    state = optloss.set_learning_rate(state, {"**": 0.1})
+    state = optloss.unpack_state(optloss.pack_state(state, params, 4), params, 4)
+    opt_state, kept, fresh = optloss.carry_over(state.opt_state, state.opt_state)
+    state, output = op.apply_gradients(state._replace(opt_state=opt_state), params)
+    assert_type(output, optloss.StepOutput)
+    optloss.register_optimizer("mine", optax.sgd)
+    return kept + fresh
+
+
+def clips(rate: jax.Array) -> list[optax.GradientTransformationExtraArgs]:
+    return [
+        optloss.clip_by_global_norm(rate),
+        optloss.clip_by_global_norm(schedules),
+        optloss.clip_by_function(halved),
+        optloss.zclip(2.5, 0.97, warmup=25, mode="mean"),
+        optloss.autoclip(10, history=64),
+        optloss.adagc(1.04, absolute=rate),
+        optloss.agc(0.01, exclude=["**/bias", re.compile("head/.*")]),
+        optloss.multiply_gradients({"w": schedules, re.compile("b"): rate}),
+        optloss.add_gradient_noise(schedules, key=jax.random.key(0)),
+        optloss.scale_by_learning_rate(optax.constant_schedule(0.1)),
+        optloss.make_optimizer({"w": 0.1, "**": rate}, {"**": "adam"}, seed=3),
+    ]

@@ -134,7 +134,7 @@ def _axis_of_each(call: str, in_axes: InAxes, arguments: Arguments) -> list[int 
     return jax.tree.leaves(axes, is_leaf=_is_none)
 
 
-def _leaf(call: str, path: tuple[PyTree, ...], value: PyTree, axis: int | None) -> Leaf:
+def _leaf(call: str, path: tuple[Any, ...], value: PyTree, axis: int | None) -> Leaf:
     side, *within = path
     name = ("args", "kwargs")[side.idx] + jax.tree_util.keystr(tuple(within))
     words, ndim = f"{name} is {short_repr(value)}", getattr(value, "ndim", 0)

@@ -16,7 +16,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from optloss.mesh import is_deleted
-from optloss.typing import PyTree, Scalar
+from optloss.typing import Scalar
 
 MOST_SHOWN = 60
 MOST_OF_A_NAME = 120
@@ -72,13 +72,13 @@ def _words(value: object, depth: int) -> str:
         return f"<{type(value).__name__}>"
 
 
-def _container(value: PyTree, depth: int) -> str | None:
+def _container(value: Any, depth: int) -> str | None:
     kind: type = type(value)
     if isinstance(value, functools.partial):
         return _words(value.func, depth + 1) + _fields(
             [*((None, entry) for entry in value.args), *value.keywords.items()], depth
         )
-    names: PyTree = getattr(value, "_fields", None)
+    names: Any = getattr(value, "_fields", None)
     if issubclass(kind, tuple) and names is not None:
         return kind.__name__ + _fields(zip(names, value, strict=True), depth)
     if kind is dict:

@@ -1,11 +1,13 @@
 """What the arguments and results of the library are, by name."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import jax
 from jax.typing import ArrayLike
+
+T_co = TypeVar("T_co", covariant=True)
 
 PyTree: TypeAlias = Any
 """Any nesting of containers and arrays that ``jax.tree`` can take apart."""
@@ -15,6 +17,23 @@ Scalar: TypeAlias = float | jax.Array
 
 Pattern: TypeAlias = str | re.Pattern[str]
 """A parameter's name, a glob or a compiled regular expression."""
+
+
+class ByPattern(Protocol[T_co]):
+    """A mapping from patterns; unlike a ``Mapping``, one from str is one of them."""
+
+    def __iter__(self) -> Iterator[Pattern]: ...
+
+    def __len__(self) -> int: ...
+
+    def values(self) -> Collection[T_co]:
+        """The values, in order."""
+        ...
+
+    def items(self) -> Collection[tuple[Pattern, T_co]]:
+        """The patterns with their values, in order."""
+        ...
+
 
 Params: TypeAlias = PyTree
 """The parameters: a tree of arrays, of which the floating and complex ones train."""
@@ -45,7 +64,7 @@ class Transformation(Protocol):
 OneRate: TypeAlias = Scalar | Schedule | None
 """One learning rate; ``None`` for an optimizer that brings its own."""
 
-LearningRate: TypeAlias = OneRate | Mapping[str, OneRate] | Mapping[Pattern, OneRate]
+LearningRate: TypeAlias = OneRate | ByPattern[OneRate]
 """A learning rate, or a mapping from patterns to learning rates."""
 
 OneOptimizer: TypeAlias = (
@@ -56,17 +75,13 @@ OneOptimizer: TypeAlias = (
 )
 """A name, an instance, or a function or class of the learning rate or of nothing."""
 
-Optimizer: TypeAlias = (
-    OneOptimizer | Mapping[str, OneOptimizer] | Mapping[Pattern, OneOptimizer]
-)
+Optimizer: TypeAlias = OneOptimizer | ByPattern[OneOptimizer]
 """An optimizer, or a mapping from patterns to optimizers."""
 
 NoiseScale: TypeAlias = Scalar | Schedule | Transformation | None
 """The noise's standard deviation, or a transformation such as add_gradient_noise."""
 
-Multipliers: TypeAlias = (
-    Mapping[str, Scalar | Schedule] | Mapping[Pattern, Scalar | Schedule]
-)
+Multipliers: TypeAlias = ByPattern[Scalar | Schedule]
 """A mapping from patterns to factors, each a number or a function of the step."""
 
 Pairs: TypeAlias = list[tuple[jax.Array, jax.Array]]

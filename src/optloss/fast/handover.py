@@ -23,6 +23,9 @@ LIMITS, COUNTS = 6, 7
 COLUMNS = {place: column for column, place in enumerate((*FLOATS, *INTEGERS))}
 
 
+Tags = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
+
+
 @jax.tree_util.register_pytree_node_class
 class Stacked:
     """A dict of summaries whose histograms lie in one array for each dtype."""
@@ -51,12 +54,12 @@ class Stacked:
                 found[tag] = Histogram.of_parts(_Row(stack, row))
         return {tag: found[tag] for tag in self.tags}
 
-    def tree_flatten(self) -> tuple[PyTree, Hashable]:
+    def tree_flatten(self) -> tuple[PyTree, Tags]:
         """Return what JAX handles in its place."""
         return (self.others, self.stacks), (self.tags, self.rows)
 
     @classmethod
-    def tree_unflatten(cls, aux: PyTree, children: PyTree) -> "Stacked":
+    def tree_unflatten(cls, aux: Tags, children: PyTree) -> "Stacked":
         """Return what was flattened to ``children``."""
         made = cls.__new__(cls)
         made.others, made.stacks = children

@@ -5,7 +5,7 @@ state is refused: a vector cut at other places would give each parameter the mom
 its neighbours, without a word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ def _is_special(node: object) -> bool:
     return _is_packed(node) or _has_table(node)
 
 
-def _shapes(tree: PyTree) -> tuple[PyTree, ...]:
+def _shapes(tree: PyTree) -> tuple[Hashable, ...]:
     """Return what the trees of moments of one tree of parameters have in common."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)

@@ -20,7 +20,7 @@ from optloss.messages import (
 from optloss.names import check_names, leaf_names
 from optloss.summaries import NOISE_STD
 from optloss.trees import increment, is_inexact
-from optloss.typing import PyTree
+from optloss.typing import PyTree, Scalar, Schedule
 
 DISTRIBUTIONS = ("normal", "truncated_normal")
 
@@ -38,7 +38,7 @@ class NoiseState(NamedTuple):
 
 
 def add_gradient_noise(
-    scale: float | jax.Array | optax.Schedule,
+    scale: Scalar | Schedule,
     *,
     annealing: float | jax.Array = 0.0,
     distribution: str = "normal",
