@@ -35,7 +35,6 @@ from optloss.trees import (
 from optloss.typing import PyTree
 
 T = TypeVar("T")
-State = TypeVar("State", bound="GuardState")
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -119,7 +118,7 @@ def is_finite(
     return finite & all_devices(jnp.isfinite(loss), axis_name)
 
 
-def count_skipped(state: State, good: jax.Array) -> State:
+def count_skipped(state: GuardState, good: jax.Array) -> PyTree:
     """Return ``state`` with its counters moved on."""
     skipped = jnp.logical_not(good)
     return state._replace(
