@@ -142,6 +142,7 @@ def _carried(before, op):
         return optloss.carry_over(before.opt_state, op.tx.init(before.params))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("packed", [0, 4])
 def test_a_run_that_adopts_its_own_state_ends_as_one_that_did_not(packed):
     def op():

@@ -157,7 +157,11 @@ def compiled(name):
     return jax.jit(build(name).update)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize(
+    "wide",
+    [False, pytest.param(True, marks=pytest.mark.wide)],
+    ids=["32 bits", "64 bits"],
+)
 @every_transform
 def test_types_stay_and_what_is_no_number_is_passed_on(name, wide):
     traces = []
@@ -251,6 +255,7 @@ def test_it_does_without_params(name):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@pytest.mark.wide
 @every_transform
 def test_scan_does_what_a_loop_does(name):
     params, state = plain_parameters(), build(name).init(plain_parameters())
@@ -269,6 +274,7 @@ def test_scan_does_what_a_loop_does(name):
     assert_close(last, state)
 
 
+@pytest.mark.wide
 @every_transform
 def test_vmap_does_several_at_once(name):
     params, state = plain_parameters(), build(name).init(plain_parameters())

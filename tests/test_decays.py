@@ -272,6 +272,7 @@ def exact_restarts(step, first, growth, m_mul, alpha):
     return (1 - alpha) * height * 0.5 * (1 + np.cos(np.pi * share)) + alpha
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("growth", [1.1, 1.2, 1.7, 3])
 @pytest.mark.parametrize("first", [1, 6.5, 100])
 def test_restarts_are_those_of_exact_arithmetic(first, growth):

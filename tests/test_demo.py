@@ -62,6 +62,7 @@ def test_events_hold_every_scalar_of_every_step(straight):
     assert all(event.histogram_value.num == 640 for event in histograms)
 
 
+@pytest.mark.wide
 def test_it_draws_a_picture(straight):
     picture = (straight / "logs" / "training.png").read_bytes()
     assert picture.startswith(b"\x89PNG")

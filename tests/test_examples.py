@@ -89,6 +89,7 @@ def test_float16_survives_its_overflows(capsys):
     assert "held-out accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.wide
 def test_the_averaged_model_has_the_lower_loss(capsys):
     latest, average = main_of("averaged_diffusion")(["--steps", "200"])
     assert average < latest < 0.5

@@ -142,6 +142,7 @@ def by_us(train_op, state, args, tolerance, most):
 NORM = {"summaries": ["global_gradient_norm"]}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("groups", [False, True])
 def test_lbfgs_takes_the_steps_of_optax_on_rosenbrock(groups, wide):
     del wide

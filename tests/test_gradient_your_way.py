@@ -486,6 +486,7 @@ def expected_of_all():
     return run(make(**ALL))
 
 
+@pytest.mark.wide
 def test_under_scan_and_vmap():
     train_op = make(**ALL)
 
@@ -512,6 +513,7 @@ def expected_of_wide():
     return run(make(**ALL), WIDE)[0]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_on_a_mesh(kind):
     rows = {"w": P(None, "data"), "v": P("data")}

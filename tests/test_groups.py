@@ -143,6 +143,7 @@ def test_muon_adamw_and_no_decay_on_norms_equal_a_partition_by_hand():
     assert np.mean(norms[:, 0] > 0.5) > 0.9
 
 
+@pytest.mark.wide
 def test_adamw_adam_and_sgd_equal_a_partition_by_hand_over_fifty_steps():
     train_op = make(
         {"layers/**": "adamw", "embedding": "adam", "**": "sgd"},

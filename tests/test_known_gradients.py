@@ -115,6 +115,7 @@ def of_nothing(params, x):
     return jnp.sum(params["w"] * x[:0].sum())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("loss", [unused, stopped, of_nothing])
 def test_a_gradient_that_is_zero(loss, clip):

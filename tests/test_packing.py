@@ -98,6 +98,7 @@ def test_packed_leaves_train_as_single_ones_do(name):
     assert_close(*results)
 
 
+@pytest.mark.wide
 def test_dtypes_are_kept_apart():
     params = parameters(half=True, imaginary=True)
     results = []

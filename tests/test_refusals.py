@@ -429,6 +429,13 @@ REFUSED = [
         for row in refused_values(argument, BOOL, (1, "1"), (None, "None"))
     ),
     *refused_values(
+        "skip_spikes",
+        "must be a real number > 0 (standard deviations), True for 6, or None.",
+        (False, "False"),
+        (0.0, "0.0"),
+        ("6", "'6'"),
+    ),
+    *refused_values(
         "histogram_every",
         "must be an int in [1, 2**31).",
         (2**31, "2147483648"),
@@ -645,6 +652,7 @@ WRONG = [
     ("pack_small_leaves", {"pack_small_leaves": -1}),
     ("axis_name", {"axis_name": 3, "clip_gradients": 1.0}),
     ("donate", {"donate": 1}),
+    ("skip_spikes", {"skip_spikes": 0}),
     ("value_and_grad", {"value_and_grad": None}),
     ("loss_scale", {"loss_scale": 0}),
     ("projection", {"projection": 1}),

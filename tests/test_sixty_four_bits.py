@@ -75,6 +75,7 @@ def test_every_shape_is_counted(dtype, shape):
             assert_counted(histogram(jnp.asarray(array)), array, wide)
 
 
+@pytest.mark.wide
 def test_four_threads_count_with_and_without_at_once():
     forget()
     start = threading.Barrier(4)

@@ -199,6 +199,7 @@ def test_what_is_excluded_may_be_frozen():
     np.testing.assert_allclose(updates["body"], -0.01, rtol=1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -346,6 +347,7 @@ def small_params():
     return {name: jnp.float32(random.normal(size=s)) for name, s in shapes.items()}
 
 
+@pytest.mark.wide
 @every_clip
 def test_what_is_not_finite_leaves_the_statistics_alone(name):
     clip, params = EVERY[name](), small_params()

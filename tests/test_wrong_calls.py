@@ -288,6 +288,10 @@ def transforms():
                 "exclude": {*WORDS, "empty list"}, "axis_name": axis})  # fmt: skip
     yield Case("skip_nonfinite", optloss.skip_nonfinite, {"inner": optax.sgd(0.1)},
                {"inner": set(), "axis_name": axis})  # fmt: skip
+    yield Case("skip_spikes", optloss.skip_spikes, {"inner": optax.sgd(0.1)},
+               {"inner": set(), "std_factor": "number > 0",
+                "decay": "number in [0, 1)", "warmup": whole, "patience": whole,
+                "axis_name": axis})  # fmt: skip
     yield Case("clip_by_function", optloss.clip_by_function, {"fn": lambda p: p},
                {"fn": {"one argument"}})  # fmt: skip
     yield Case("multiply_gradients", optloss.multiply_gradients,
@@ -323,6 +327,7 @@ COMMON = {
     "learning_rate_multipliers": MULTIPLIERS,
     "variables": {"None", "True", *WORDS, "two arguments"},
     "skip_nonfinite": "bool",
+    "skip_spikes": {"None", "True", *ABOVE_ZERO},
     "seed": "key",
     "pack_small_leaves": "pack size",
     "axis_name": "axis name",

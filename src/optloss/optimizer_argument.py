@@ -183,7 +183,7 @@ def _warn_of_own_rates(call: str, optimizer: object) -> None:
             f"{call}: the optimizer is an instance, whose own learning rate "
             "governs; learning_rate_decay_fn has no effect.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

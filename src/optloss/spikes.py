@@ -5,12 +5,12 @@ loss is judged as it is. Only a rise is a spike.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import argument_error, is_number
+from optloss.messages import check_number
 from optloss.trees import increment
 from optloss.typing import Scalar
 
@@ -119,17 +119,15 @@ class SpikeRule:
         return chosen
 
 
-def as_spike_rule(call: str, value: Any) -> SpikeRule | None:
+def as_spike_rule(call: str, value: Scalar | None) -> SpikeRule | None:
     """Return the rule that the argument ``skip_spikes`` asks for."""
-    if value is None:
-        return None
-    factor = STD_FACTOR if value is True else value
-    if factor is False or not is_number(factor) or not 0 < factor < float("inf"):
-        raise argument_error(
-            call,
-            "skip_spikes",
-            value,
-            "must be a real number > 0 (standard deviations), True for "
-            f"{STD_FACTOR:g}, or None.",
-        )
-    return SpikeRule(float(factor))
+    if value is None or value is True:
+        return None if value is None else SpikeRule(STD_FACTOR)
+    check_number(
+        call,
+        "skip_spikes",
+        value,
+        lambda number: 0 < number < float("inf"),
+        f"a real number > 0 (standard deviations), True for {STD_FACTOR:g}, or None.",
+    )
+    return SpikeRule(value)

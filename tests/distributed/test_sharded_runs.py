@@ -356,6 +356,7 @@ def test_noise_is_bit_identical_on_any_number_of_devices(kind, devices):
     assert_identical(found, noise_on_one_device("normal"))
 
 
+@pytest.mark.wide
 @KINDS
 def test_truncated_and_double_noise_are_bit_identical_on_eight_devices(kind):
     with jax.enable_x64(True):

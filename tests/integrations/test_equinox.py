@@ -52,6 +52,7 @@ def make_loss(static):
     return loss
 
 
+@pytest.mark.wide
 def test_a_loop_with_batch_norm_equals_one_of_optax_alone():
     params, static, state = start()
     loss = make_loss(static)
