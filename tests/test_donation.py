@@ -205,21 +205,25 @@ def test_a_donated_state_is_refused(call):
     )
 
 
-def test_nnx_models_keep_nothing_of_the_callers():
+@pytest.mark.wide
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning")
+@pytest.mark.filterwarnings("ignore:optimize_loss.*instance:UserWarning")
+def test_nnx_models_keep_nothing_of_the_callers(optimizer):
     nnx = pytest.importorskip("flax.nnx")
     from optloss.integrations.nnx import optimize_loss
 
-    for optimizer in ("prodigy", "dog", "cocob", "rprop"):
-        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-        given = jnp.ones((3, 2))
-        model.kernel.set_value(given)
-        op = optimize_loss(
-            model,
-            lambda model, x, step: jnp.mean(model(x) ** 2) + 0 * step,
-            *(0, 0.01, optimizer),
-            skip_nonfinite=True,
-        )
-        for _ in range(3):
-            output = op(jnp.ones((4, 3)), op.state.step)
-        assert np.isfinite(output.loss)
-        assert not given.is_deleted()
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    given = jnp.ones((3, 2))
+    model.kernel.set_value(given)
+    op = optimize_loss(
+        model,
+        lambda model, x, step: jnp.mean(model(x) ** 2) + 0 * step,
+        *(0, 0.01, INSTANCES[optimizer]() if optimizer in INSTANCES else optimizer),
+        skip_nonfinite=True,
+    )
+    for _ in range(3):
+        output = op(jnp.ones((4, 3)), op.state.step)
+    assert np.isfinite(output.loss)
+    assert not given.is_deleted()
+    assert compiled_programs(op.train_op) == 1
