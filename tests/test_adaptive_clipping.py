@@ -118,6 +118,7 @@ def test_the_warm_up_follows_the_step_it_is_given():
     np.testing.assert_allclose(second.mean, 0.5 * state.mean + 0.5 * entry, rtol=1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("std_factor", [2, 3, 5, 8])
 @pytest.mark.parametrize("noisy", [False, True], ids=["constant", "noisy"])
 def test_a_spike_of_any_size_is_cut_by_previous_statistics(std_factor, noisy):
@@ -172,6 +173,7 @@ def test_what_is_not_finite_leaves_the_statistics_alone(statistics, poison):
     assert raw(resumed) == raw(straight)
 
 
+@pytest.mark.wide
 @BOTH
 @pytest.mark.parametrize(
     "norms",

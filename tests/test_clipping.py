@@ -60,6 +60,7 @@ def test_inside_the_ball_and_beyond_measure_every_bit_is_kept(case):
     assert (state.clipped, state.factor) == (0, 1)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 1e37])
 @pytest.mark.parametrize("share", [0.5, 0.999, 1e-6])
 def test_outside_all_leaves_shrink_alike(scale, share):

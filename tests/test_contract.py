@@ -203,6 +203,7 @@ def assert_passed_on(grads, updates, *, widened):
         assert np.isfinite(np.asarray(after, np.complex128)).all()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "name", ["noise", "multipliers", *sorted(CLIPS), "rate", "guard"]
 )
@@ -221,6 +222,7 @@ def test_no_nan_is_made_of_an_infinity(name):
         assert not any(np.isnan(part).any() for part in parts)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("tree", [{}, (None,), {"n": jnp.arange(3)}], ids=str)
 @pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - NEED_A_PARAMETER))
 def test_a_tree_without_anything_to_train_is_fine(name, tree):

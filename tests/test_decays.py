@@ -118,6 +118,7 @@ def test_a_float64_rate_is_decayed_in_float64(name, settings):
         np.testing.assert_allclose(found, restated(name, settings), 1e-13, 1e-14)
 
 
+@pytest.mark.wide
 @one_case_each
 @pytest.mark.parametrize("x64", [False, True])
 def test_any_other_rate_is_decayed_in_float32(name, settings, x64):
@@ -132,6 +133,7 @@ def test_any_other_rate_is_decayed_in_float32(name, settings, x64):
             assert found == decay(jnp.float32(rate), 3)
 
 
+@pytest.mark.wide
 @one_case_each
 def test_many_steps_at_once_and_vmap_give_what_single_steps_give(name, settings):
     decay, steps = bind(name, settings), jnp.arange(40)
@@ -400,6 +402,7 @@ def test_after_the_end_the_noise_goes_on_with_the_last_variance():
     np.testing.assert_allclose(draws.std(), 16**-0.275, rtol=0.05)
 
 
+@pytest.mark.wide
 def test_the_noise_depends_on_key_and_step_alone():
     steps = np.arange(50)
     rates = noisy(steps)

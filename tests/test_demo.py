@@ -117,6 +117,7 @@ def test_a_bad_flag_is_refused_in_one_line(flags, message, capsys):
     assert capsys.readouterr().err == f"optloss: {message}\n"
 
 
+@pytest.mark.wide
 def test_without_its_packages_it_says_what_to_install():
     script = (
         "import sys; sys.modules['sklearn'] = None\n"

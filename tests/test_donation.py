@@ -111,6 +111,7 @@ def on_a_mesh(kind, tree):
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("optimizer", KEEPERS)
 def test_no_two_leaves_share_a_buffer_on_an_explicit_mesh(optimizer):
     params = on_a_mesh(AxisType.Explicit, parameters())

@@ -82,6 +82,7 @@ def main_of(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
+@pytest.mark.wide
 def test_float16_survives_its_overflows(capsys):
     accuracy, skipped = main_of("float16_digits")(["--steps", "80"])
     assert accuracy > 0.75

@@ -538,6 +538,7 @@ def test_on_a_mesh(kind):
             )
 
 
+@pytest.mark.wide
 def test_under_shard_map():
     mesh, options = line(AUTO, 4), {**ALL, "axis_name": "data"}
 
@@ -559,6 +560,7 @@ def test_under_shard_map():
     close(state, expected_of_all()[0], 1e-5, 1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("pack", "optimizer"),
     [(8, "adam"), (0, {"w": "sgd", "**": "adam"})],

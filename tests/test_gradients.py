@@ -306,6 +306,7 @@ def differentiate(request):
     return BOTH[request.param](objective)
 
 
+@pytest.mark.wide
 def test_under_scan(differentiate):
     @jax.jit
     def step(params, batch):
@@ -321,6 +322,7 @@ def test_under_scan(differentiate):
     close(params, expected)
 
 
+@pytest.mark.wide
 def test_under_vmap(differentiate):
     several = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), PARAMS)
     found = jax.jit(jax.vmap(differentiate, in_axes=(0, None, None)))(several, X, Y)
@@ -330,6 +332,7 @@ def test_under_vmap(differentiate):
     close(found, jax.tree.map(lambda *leaves: np.stack(leaves), one, two))
 
 
+@pytest.mark.wide
 def test_they_can_be_differentiated(differentiate):
     @jax.jit
     def after_one_step(rate, params):

@@ -65,6 +65,7 @@ def test_every_float64_is_in_its_bucket(values):
     assert structure == expected
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [

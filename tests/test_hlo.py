@@ -67,6 +67,7 @@ def test_what_measures_nothing_sums_nothing():
     assert sums(gradient_multipliers={"a": 2.0}) == 0
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("case", MEASURING)
 def test_each_gradient_is_summed_once(case):
     assert sums(**MEASURING[case]) == len(PARAMS)

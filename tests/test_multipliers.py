@@ -185,6 +185,7 @@ NETWORK = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("optimizer", ["Adam", "adam", "Adagrad", "RMSProp", "lion"])
 def test_a_rate_multiplier_is_felt_under_every_optimizer(optimizer):
     plain = first_update(optimizer, NETWORK)
@@ -215,6 +216,7 @@ def linear(params, gradient):
     return sum(jnp.sum(leaf * gradient) for leaf in params.values())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("optimizer", SHARE_OF_THE_PATH)
 def test_a_gradient_multiplier_is_nearly_undone_by_adam_and_its_like(optimizer):
     train_op = optloss.optimize_loss(

@@ -180,6 +180,7 @@ def trained(kind, **arguments):
 EXPECTED: dict[str, dict[str, jax.Array]] = {}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("rules", ["gradient multipliers", "everything"])
 @every_kind
 def test_the_same_rules_have_the_same_effect_in_every_kind_of_tree(kind, rules):

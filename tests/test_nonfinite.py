@@ -100,6 +100,7 @@ def test_a_bad_batch_moves_the_step_and_the_counters_alone(poison):
     assert output.loss.dtype == jnp.float32
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "clip",
     [None, 1.0, adaptive_clipping(decay_warmup=False)],
@@ -263,6 +264,7 @@ def test_it_may_guard_the_first_half_of_a_chain():
     assert found["skipped/consecutive"] == 1
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "inner",
     [

@@ -67,6 +67,7 @@ def test_init_of_shapes(given):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("bad", [False, True])
 def test_the_guard_outside_of_jit_on_an_explicit_mesh(bad):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))

@@ -414,6 +414,7 @@ def seen(summaries):
     }
 
 
+@pytest.mark.wide
 @both_ways
 @pytest.mark.parametrize("wanted", TAGS)
 def test_a_summary_is_what_its_tag_says(wanted, run):

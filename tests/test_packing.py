@@ -147,6 +147,7 @@ def by_rank(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("transform", "elementwise"),
     [
@@ -177,6 +178,7 @@ def test_a_traced_rate_may_be_packed():
     assert_close(trained(0.02), expected.params)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("optimizer", "variables"),
     [("Adam", None), ("Momentum", ["**/bias", "layer_1/**"])],
@@ -204,6 +206,7 @@ def test_a_state_goes_to_the_other_form_and_back(optimizer, variables):
     assert_close(back(found, variables=variables), expected)
 
 
+@pytest.mark.wide
 def test_a_checkpoint_goes_on_under_the_other_setting(tmp_path):
     plain, packed = make("Momentum"), make("Momentum", pack_small_leaves=SIZE)
     params = {name: leaf for name, leaf in parameters().items() if name[0] == "l"}

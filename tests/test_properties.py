@@ -71,6 +71,7 @@ def update(build):
     return jax.jit(lambda grads: transform.update(grads, transform.init(grads))[0])
 
 
+@pytest.mark.wide
 @several
 @given(trees(numbers))
 def test_the_norm_is_that_of_float64(tree):
@@ -102,6 +103,7 @@ def test_scaling_gradient_and_bound_scales_the_result(tree, bound, exponent):
         np.testing.assert_allclose(leaf, plain[name] * by, rtol=1e-6, atol=1e-37)
 
 
+@pytest.mark.wide
 @several
 @given(trees(numbers), st.permutations(range(12)))
 def test_the_order_of_leaves_and_elements_does_not_matter(tree, order):
@@ -126,6 +128,7 @@ IDENTITIES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", IDENTITIES)
 @several
 @given(patterns())

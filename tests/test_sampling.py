@@ -110,6 +110,7 @@ def test_a_truncated_draw_is_the_quantile_of_its_word():
     np.testing.assert_allclose(found, expected, rtol=3e-6)
 
 
+@pytest.mark.wide
 def test_a_float64_draw_is_the_quantile_of_63_bits():
     count, key = 2_000, jax.random.key(3)
     r0, r1 = numpy_words(count, "w", key, 0)
@@ -134,6 +135,7 @@ EXTREMES = np.array(
 )
 
 
+@pytest.mark.wide
 def test_extreme_words_give_finite_draws():
     r0, r1 = (jnp.asarray(words.ravel()) for words in np.meshgrid(EXTREMES, EXTREMES))
     z = np.asarray(jax.jit(normals.box_muller)((r0, r1)))
@@ -174,6 +176,7 @@ def test_a_million_draws_follow_the_law(distribution, scale):
         assert 1.999 * scale < np.abs(z).max() <= 2 * scale
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("distribution", ["normal", "truncated_normal"])
 def test_float64_follows_the_law(distribution):
     with jax.enable_x64(True):
@@ -213,6 +216,7 @@ def test_a_complex_draw_has_a_mean_square_of_one(impl, dtype):
     assert stats.kstest(np.sqrt(2) * z.imag, stats.norm().cdf).pvalue > 0.01
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_rounded_from_float32(dtype):
     leaf = jnp.linspace(-1, 1, 5000)
@@ -334,6 +338,7 @@ def test_what_an_accelerator_is_given_draws_the_same(monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.wide
 def test_a_traced_step_and_std_change_nothing():
     likes, names = [jnp.ones((40, 50)), jnp.ones(SMALL + 5)], ["a", "b"]
     words, impl = split_key(1)

@@ -189,6 +189,7 @@ def test_a_fall_is_no_spike():
     assert state.opt_state.total == 0
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_on_a_mesh_it_judges_as_on_one_device(kind):
     norms, losses = stream(0, 60)
@@ -214,6 +215,7 @@ def test_on_a_mesh_it_judges_as_on_one_device(kind):
     assert last.spikes > 0
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_under_shard_map_all_devices_skip_or_none(check_vma):
     guarded = skip_spikes(optax.scale(1.0), warmup=3, axis_name="data")
@@ -254,6 +256,7 @@ def test_a_loss_scale_shrinks_for_overflows_alone():
     assert state.opt_state.inner.loss_scale.scale == 32
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("packed", [0, 8])
 def test_a_state_goes_on_bit_for_bit(packed, tmp_path):
     serialization = pytest.importorskip("flax.serialization")

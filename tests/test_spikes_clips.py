@@ -128,6 +128,7 @@ def test_adagc_is_what_the_paper_says(options):
 SHAPES = [(), (5,), (3, 4), (1, 4), (3, 2, 4), (2, 3, 2, 4), (2, 1, 2, 1, 2, 3)]
 
 
+@pytest.mark.wide
 def test_agc_is_what_the_paper_says():
     random = np.random.default_rng(0)
     scales = recorded_norms()
@@ -160,6 +161,7 @@ def flat(stacked):
     return [np.asarray(leaf).reshape(UPDATES, -1) for leaf in stacked]
 
 
+@pytest.mark.wide
 def test_agc_agrees_with_optax_where_that_looks_at_the_same_units():
     random = np.random.default_rng(1)
     shapes = [(), (5,), (3, 4), (2, 3, 2, 4), (2, 2, 2, 2, 3)]
@@ -467,6 +469,7 @@ def test_shards_are_clipped_by_the_norm_of_the_whole_leaf(name, checked):
     assert_alike(found, name, params)
 
 
+@pytest.mark.wide
 def test_what_looks_at_leaves_is_not_packed():
     """Not even where no two updates show it: in a warm-up, or with room to spare."""
     for make, looks in [
@@ -542,6 +545,7 @@ def test_adaptive_clipping_publishes_its_threshold():
     assert found["clip_threshold"] == threshold == state.max_norm
 
 
+@pytest.mark.wide
 @every_clip
 def test_a_norm_that_is_handed_on_is_not_measured_again(name):
     clip, params = EVERY[name](), {"w": jnp.ones(4)}
@@ -583,6 +587,7 @@ def test_every_number_may_be_traced(name):
         assert one.dtype == other.dtype
 
 
+@pytest.mark.wide
 def test_half_precision_is_clipped_by_its_true_norm():
     params = {"w": jnp.full((100, 2), 1, jnp.float16)}
     grads = {"w": jnp.full((100, 2), 1e4, jnp.float16)}

@@ -79,6 +79,7 @@ def test_a_missing_model_state():
         op(state, X)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_state_of_another_chain(pair):
     old, new, part = PAIRS[pair]
@@ -113,6 +114,7 @@ OPS = {"plain": op_of, "everything": everything}
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
+@pytest.mark.wide
 @ops
 def test_states_of_a_jitted_init_and_a_jit_of_the_users(op):
     state = taken(op(), jax.jit(op().init)(PARAMS))

@@ -315,6 +315,7 @@ def assert_published(found, rate):
             assert_equal(here[f"OptimizeLoss/gradients/{name}"], looked_at)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("run", ["jit", "scan"])
 def test_published_values_equal_numpys_over_200_updates(run):
     assert_published(train(run, 0.1), 0.1)

@@ -52,6 +52,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.wide
 def test_ten_thousand_calls_and_a_new_rate_cost_one_compilation():
     traces = []
 

@@ -138,6 +138,7 @@ def test_summaries_are_of_what_is_trained():
     }
 
 
+@pytest.mark.wide
 def test_the_chain_alone_saves_state_and_gives_negative_zeros():
     params = network()
     tx = optloss.make_optimizer(

@@ -82,6 +82,7 @@ def under_shard_map(layout, options, check_vma=True):
     return collectives(jax.jit(step).lower(state, *make_batches(1)[0]).compile())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("layout", ["line", "plane"])
 def test_with_explicit_axes_it_is_one_all_reduce_of_three_numbers(layout):
     bare, full = (under_jit(EXPLICIT, layout, it) for it in ("bare", "measured"))
@@ -110,6 +111,7 @@ def test_under_shard_map_it_is_one_all_reduce_of_three_numbers(layout):
     assert full - bare == {THREE_SUMS: 1}
 
 
+@pytest.mark.wide
 def test_where_types_say_nothing_the_loss_is_asked_after_as_well():
     bare, full = (
         under_shard_map("sharded", it, check_vma=False) for it in ("bare", "measured")
@@ -117,6 +119,7 @@ def test_where_types_say_nothing_the_loss_is_asked_after_as_well():
     assert full - bare == {THREE_SUMS: 1, Collective("all-reduce", 1, 4): 1}
 
 
+@pytest.mark.wide
 @KINDS
 def test_data_parallel_training_adds_nothing(kind):
     bare, full = (under_jit(kind, "replicated", it) for it in ("bare", "measured"))
@@ -124,11 +127,13 @@ def test_data_parallel_training_adds_nothing(kind):
     assert sum(full.values()) == 1
 
 
+@pytest.mark.wide
 @KINDS
 def test_noise_is_drawn_where_it_is_added(kind):
     assert under_jit(kind, "line", "noisy") == under_jit(kind, "line", "bare")
 
 
+@pytest.mark.wide
 def test_under_shard_map_noise_is_drawn_where_it_is_added():
     assert under_shard_map("mixed", "noisy") == under_shard_map("mixed", "bare")
 

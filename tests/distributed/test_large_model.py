@@ -47,6 +47,7 @@ def test_seven_billion_parameters_in_291_leaves(large_model, mesh):
     assert sum(leaf.size for leaf in leaves) == 6_738_415_616
 
 
+@pytest.mark.wide
 def test_the_gradients_are_all_that_a_step_allocates(row):
     # XLA's CPU compiler of jax 0.10.0 writes what is summed up to memory, in float64.
     summed = 0 if jax.__version_info__ >= (0, 10, 2) else 2 * row["gradients"]
@@ -68,6 +69,7 @@ def test_the_state_is_cut_as_the_parameters_are(row, small, mesh, large_model):
     assert 2 * cut <= row["state"] <= 2 * cut + 1000
 
 
+@pytest.mark.wide
 def test_the_norm_costs_a_few_bytes_a_leaf(row, large_model, small, mesh):
     leaves = len(jax.tree.leaves(large_model.shapes_of(small, mesh)))
     bare = large_model.measure(small, mesh, {}, length=1)

@@ -122,6 +122,7 @@ def test_explicit_axes_beside_manual_ones_are_measured_together():
     np.testing.assert_allclose(jax.jit(measure)(leaf), np.linalg.norm(leaf), rtol=1e-6)
 
 
+@pytest.mark.wide
 @EVERY_TREE
 @pytest.mark.parametrize(
     "make_clip",
@@ -292,6 +293,7 @@ def test_the_loss_of_one_device_makes_all_skip(check_vma):
     assert np.all(total == 1)
 
 
+@pytest.mark.wide
 def test_devices_may_train_apart():
     """Eight runs, one a device, that share nothing: no axis is named."""
     op = optloss.optimize_loss(
@@ -357,6 +359,7 @@ def test_replicas_draw_what_one_device_draws():
     assert np.asarray(found).tobytes() == np.asarray(alone["copied"]).tobytes()
 
 
+@pytest.mark.wide
 def test_histograms_and_norms_of_parameters_cover_all_devices():
     op = optloss.optimize_loss(
         manual_loss(MIXED),

@@ -231,6 +231,7 @@ def test_fifty_steps_and_a_change_of_rate_compile_once(kind, jitted, compilation
     assert np.array_equal(state.model_state["steps"], [50, 50, 50])
 
 
+@pytest.mark.wide
 @KINDS
 def test_a_mesh_of_one_device_is_a_mesh(kind):
     """A program written for many devices, on the one that is there today."""
@@ -280,6 +281,7 @@ def test_the_state_of_a_device_shrinks_as_devices_are_added(kind):
     assert sizes == {n: 3 * 4 * (64 * 128 + 64) // n for n in (1, 2, 4, 8)}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("colocate", [False, True])
 def test_a_gradient_may_be_kept_beside_its_parameter(colocate):
     mesh = square_mesh(AUTO)

@@ -101,6 +101,7 @@ def test_a_model_that_was_not_partitioned_is_told_how():
         op.init(model, state)
 
 
+@pytest.mark.wide
 def test_a_run_is_saved_by_equinox(tmp_path):
     params, static, state = start()
     op = optloss.optimize_loss(

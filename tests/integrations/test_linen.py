@@ -77,6 +77,7 @@ def test_extra_arguments_reach_the_optimizer_and_nothing_else_does():
     assert state.opt_state == {"value": -1.0, "step": -1.0}
 
 
+@pytest.mark.wide
 def test_it_is_flax_s_own_otherwise():
     class Own(train_state.TrainState):
         batch_stats: dict
@@ -95,6 +96,7 @@ def test_it_is_flax_s_own_otherwise():
     assert ours.step == own.step == 3
 
 
+@pytest.mark.wide
 def test_a_jitted_loop_compiles_once_and_keeps_its_transformation():
     traces = []
 

@@ -140,6 +140,7 @@ def test_it_serves_the_run_and_every_tag(served):
     assert set(shown["histograms"]["runTagInfo"]["run"]) == HISTOGRAMS
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("tag", sorted(SCALARS))
 def test_it_gives_back_every_scalar(tag, served):
     written, ask = served

@@ -96,6 +96,7 @@ def test_an_optimizer_equals_its_restatement(name, settings, size):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.wide
 @every_case
 def test_a_float64_leaf_is_float64_throughout(name, settings):
     start, grads, rates = problem()
@@ -107,6 +108,7 @@ def test_a_float64_leaf_is_float64_throughout(name, settings):
     assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} <= {found.dtype}
 
 
+@pytest.mark.wide
 @every_case
 def test_a_float32_rate_does_not_make_a_float64_leaf_less_precise(name, settings):
     start, grads, _ = problem()
@@ -120,6 +122,7 @@ def test_a_float32_rate_does_not_make_a_float64_leaf_less_precise(name, settings
     assert updates.dtype == np.float64
 
 
+@pytest.mark.wide
 @every_case
 def test_a_float64_rate_or_gradient_widens_neither_update_nor_state(name, settings):
     params, tx = jnp.ones(3), OPTIMIZER_CLS_NAMES[name](0.125, **settings)
@@ -135,6 +138,7 @@ def test_a_float64_rate_or_gradient_widens_neither_update_nor_state(name, settin
     )
 
 
+@pytest.mark.wide
 @every_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 def test_a_half_precision_leaf_is_updated_as_a_float32_one(name, settings, dtype):
@@ -152,6 +156,7 @@ def test_a_half_precision_leaf_is_updated_as_a_float32_one(name, settings, dtype
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.wide
 @every_case
 def test_turning_a_complex_gradient_turns_the_update(name, settings):
     start, grads, rates = (jnp.asarray(array, jnp.float32) for array in problem())
@@ -245,6 +250,7 @@ def test_slots_are_buffers_of_their_own(name):
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
 
+@pytest.mark.wide
 @every_case
 def test_an_update_is_mapped_and_differentiated(name, settings):
     start, grads, _ = (jnp.asarray(array, jnp.float32) for array in problem())
@@ -261,6 +267,7 @@ def test_an_update_is_mapped_and_differentiated(name, settings):
     assert jnp.isfinite(slopes).all()
 
 
+@pytest.mark.wide
 @every_case
 def test_hyper_parameters_may_be_traced(name, settings):
     start, grads, rates = (jnp.asarray(array, jnp.float32) for array in problem())
