@@ -318,6 +318,38 @@ def test_groups_of_optax():
     assert_same(back, state)
 
 
+@pytest.mark.wide
+def test_a_parameter_that_moves_to_another_group_keeps_its_moments():
+    old = op_of(
+        optimizer={"**/kernel": "adam", "**": "adamw"},
+        learning_rate={"**/kernel": 0.1, "**": 0.2},
+    )
+    new = op_of(optimizer={"head/*": "adam", "**": "adamw"}, learning_rate=0.1)
+    before = trained(old)
+    state = adopted(new, before)
+
+    def adams(state):
+        nodes = jax.tree.leaves(state, is_leaf=is_adam)
+        return [node for node in nodes if is_adam(node)]
+
+    def is_adam(node):
+        return isinstance(node, optax.ScaleByAdamState)
+
+    def moments(state, name):
+        return {
+            key: leaf
+            for adam in adams(state.opt_state)
+            for key, leaf in adam.mu[name].items()
+            if isinstance(leaf, jax.Array)
+        }
+
+    for name in ("body", "head"):
+        assert moments(before, name).keys() == {"kernel", "bias"}
+        assert_same(moments(state, name), moments(before, name))
+    assert [int(adam.count) for adam in adams(state.opt_state)] == [3, 3]
+    assert np.isfinite(new(state, X)[1].loss)
+
+
 def test_an_eager_loss_is_still_the_same():
     """The table's loss trains: what is kept is not all zeros."""
     state = trained(op_of())
