@@ -425,7 +425,7 @@ class TrainOp:
             ... )
             >>> state = train_op.init(jnp.array(1.0))
             >>> state, output = train_op(state)
-            >>> print(state.params, train_op.averaged(state))
+            >>> print(state.params, train_op.averaged(state).round(3))
             0.0 0.1
         """
         _check_state(state)
@@ -452,7 +452,7 @@ class TrainOp:
         Example:
             >>> import jax.numpy as jnp, optloss
             >>> train_op = optloss.optimize_loss(
-            ...     lambda w: w**2, global_step=0, learning_rate=0.5,
+            ...     lambda w: w**2, global_step=0, learning_rate=0.1,
             ...     optimizer="schedule_free_sgd",
             ... )
             >>> state = train_op.init(jnp.array(1.0))
