@@ -119,10 +119,12 @@ class SpikeRule:
         return chosen
 
 
-def as_spike_rule(call: str, value: Scalar | None) -> SpikeRule | None:
+def as_spike_rule(call: str, value: Scalar | bool | None) -> SpikeRule | None:
     """Return the rule that the argument ``skip_spikes`` asks for."""
-    if value is None or value is True:
-        return None if value is None else SpikeRule(STD_FACTOR)
+    if value is None:
+        return None
+    if value is True:
+        return SpikeRule(STD_FACTOR)
     check_number(
         call,
         "skip_spikes",
