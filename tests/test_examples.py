@@ -82,7 +82,6 @@ def main_of(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
-@pytest.mark.wide
 def test_float16_survives_its_overflows(capsys):
     accuracy, skipped = main_of("float16_digits")(["--steps", "80"])
     assert accuracy > 0.75
@@ -90,7 +89,6 @@ def test_float16_survives_its_overflows(capsys):
     assert "held-out accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.wide
 def test_the_averaged_model_has_the_lower_loss(capsys):
     latest, average = main_of("averaged_diffusion")(["--steps", "200"])
     assert average < latest < 0.5
