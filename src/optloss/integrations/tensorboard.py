@@ -330,11 +330,11 @@ def _pack(summaries: dict[str, PyTree]) -> _Packed:
 
 
 def _on_one_device(leaf: jax.Array) -> jax.Array:
-    if leaf.is_fully_replicated:
-        alone = len(leaf.sharding.device_set) == 1
-        return leaf if alone else leaf.addressable_data(0)
-    moved: jax.Array = jax.device_put(leaf, leaf.addressable_shards[0].device)
-    return moved
+    if not leaf.is_fully_replicated:
+        leaf = jax.device_put(leaf, leaf.addressable_shards[0].device)
+    # The type of an array with Explicit axes outlives the move; that of its shard not.
+    alone: jax.Array = leaf.addressable_data(0)
+    return alone
 
 
 @jax.jit
