@@ -207,7 +207,8 @@ def known_step(constants: list[float]) -> Callable:
     def step(params: Any) -> Any:
         seen = []
         for constant in constants:
-            gradients = jax.tree.map(lambda w: jnp.full_like(w, constant), params)  # noqa: B023
+            fill = functools.partial(jnp.full_like, fill_value=constant)
+            gradients = jax.tree.map(fill, params)
             state, _ = train_op.update(train_op.init(params), gradients)
             measured = optloss.get_summaries(state)
             seen += [measured["global_norm/gradient_norm"], measured["skipped/total"]]

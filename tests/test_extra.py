@@ -161,7 +161,10 @@ def test_lbfgs_takes_the_steps_of_optax_on_a_logistic_regression(kind, wide):
     del wide
     data = digits()
     start, more, model_state, loss = flat_start(), {}, None, logistic
-    expected_loss = lambda params: logistic(params, *data)  # noqa: E731
+
+    def expected_loss(params):
+        return logistic(params, *data)
+
     if kind == "frozen":
         more = {"variables": "kernel"}
         start["bias"] = jnp.linspace(-1.0, 1.0, 10)
@@ -303,7 +306,9 @@ def test_schedule_free_is_evaluated_at_its_averages():
 
 
 def test_schedule_free_packed():
-    loss = lambda p: jnp.sum((p["w"] - 1) ** 2) + p["v"] ** 2  # noqa: E731
+    def loss(p):
+        return jnp.sum((p["w"] - 1) ** 2) + p["v"] ** 2
+
     start, found = {"w": jnp.array([3.0, -1.0]), "v": jnp.array(2.0)}, []
     for size in (0, 4):
         train_op = make(loss, "schedule_free_sgd", 0.3, pack_small_leaves=size)

@@ -491,7 +491,9 @@ def test_under_scan_and_vmap():
     train_op = make(**ALL)
 
     def follow(params):
-        step = lambda state, batch: train_op.update(state, *batch)  # noqa: E731
+        def step(state, batch):
+            return train_op.update(state, *batch)
+
         batches = np.stack([X] * 3), np.stack([Y] * 3)
         return jax.lax.scan(step, train_op.init(params), batches)[0]
 

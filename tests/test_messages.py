@@ -156,7 +156,7 @@ def test_a_callable_is_judged_by_its_signature():
 
 
 def test_a_default_whose_repr_fails_is_no_matter():
-    def odd(one, other=BadRepr(), *, third):  # noqa: B008
+    def odd(one, other=BadRepr(), *, third):  # noqa: B008 - such a default is what is tested
         return one, other, third
 
     with pytest.raises(ValueError, match=r"Its signature is \(\.\.\.\)\.$"):

@@ -661,7 +661,7 @@ REFUSED = [
 
 
 def message_of(call, *arguments, **options):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - callers compare the whole message
         call(*arguments, **options)
     return str(caught.value)
 
