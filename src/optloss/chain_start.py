@@ -107,7 +107,7 @@ class ChainStart:
             check_state(call, state, self, trained, cure)
             self._checked.add(seen)
 
-    @property
+    @functools.cached_property  # trying a clip out compiles it
     def packs_all(self) -> bool:
         """Whether the clip, too, works on packed leaves."""
         clip, optimizer = self.stages.clip, self.stages.optimizer
