@@ -16,7 +16,7 @@ HOUSE = (
     ("extra", "mesh"),
     ("made_by", "messages"),
     ("donation", "hyperparams", "knobs", "plateau"),
-    ("batches", "names", "norms"),
+    ("batches", "names", "norms", "replicas"),
     ("loss",),
     ("gradients", "histograms", "optimizers"),
     ("fast",),

@@ -477,6 +477,12 @@ REFUSED = [
         (("data", "data"), "('data', 'data')"),
     ),
     *refused_values(
+        "replica_axis_name",
+        "must be a mesh axis's name or a tuple of them.",
+        (3, "3"),
+        (["data"], "['data']"),
+    ),
+    *refused_values(
         "value_and_grad",
         f"{DIFFERENTIATE}.",
         (None, "None"),
@@ -651,6 +657,7 @@ WRONG = [
     ("seed", {"seed": 1.5, "gradient_noise_scale": 0.1}),
     ("pack_small_leaves", {"pack_small_leaves": -1}),
     ("axis_name", {"axis_name": 3, "clip_gradients": 1.0}),
+    ("replica_axis_name", {"replica_axis_name": 3}),
     ("donate", {"donate": 1}),
     ("skip_spikes", {"skip_spikes": 0}),
     ("value_and_grad", {"value_and_grad": None}),

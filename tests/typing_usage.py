@@ -230,6 +230,7 @@ def arguments(rate: jax.Array, mask: Any, params: Params) -> None:
     optloss.optimize_loss(loss, 0, 0.1, "adam", summaries=("loss",), histogram_every=9)
     optloss.optimize_loss(loss, 0, 0.1, "adam", None, None, None, None, [keep])
     optloss.optimize_loss(loss, 0, 0.1, "adam", axis_name=("data", "model"))
+    optloss.optimize_loss(loss, 0, 0.1, "adam", replica_axis_name="data")
     for differentiate in (
         jax.value_and_grad,
         optloss.accumulate_gradients(4),

@@ -92,6 +92,7 @@ def the_gradient() -> None:
     optimize_loss(loss, 0, 0.1, "adam", colocate_gradients_with_ops="yes")  # wrong
     optimize_loss(loss, 0, 0.1, "adam", skip_nonfinite="yes")  # wrong
     optimize_loss(loss, 0, 0.1, "adam", axis_name=3)  # wrong
+    optimize_loss(loss, 0, 0.1, "adam", replica_axis_name=["data"])  # wrong
     optimize_loss(loss, 0, 0.1, "adam", value_and_grad=loss)  # wrong
     optimize_loss(loss, 0, 0.1, "adam", loss_scale="dynamic")  # wrong
     optimize_loss(loss, 0, 0.1, "adam", projection=1.0)  # wrong

@@ -46,6 +46,7 @@ from optloss.optimizer_argument import (
     values_of,
 )
 from optloss.per_example import ClippedPerExample
+from optloss.replicas import shard_axes
 from optloss.spikes import as_spike_rule
 from optloss.stages import NOTHING, Stage, Stages
 from optloss.summaries import OPTIMIZER_SUMMARIES
@@ -239,8 +240,10 @@ def _check_value_and_grad(call: str, given: Given) -> None:
         raise argument_error(call, "value_and_grad", value_and_grad, problem)
     if not isinstance(value_and_grad, ClippedPerExample):
         return
+    mixed = "a mean over devices mixes their examples. Use jit on a mesh."
     reason = {
-        "axis_name": "a mean over devices mixes their examples. Use jit on a mesh.",
+        "axis_name": mixed,
+        "replica_axis_name": mixed,
         "loss_scale": "it would clip scaled gradients. Scale neither, for example in "
         "bfloat16.",
     }
@@ -290,7 +293,7 @@ def _noise_stage(given: Given) -> Stage:
         return NOTHING
     if is_transformation(scale):
         return _given_stage(scale)
-    noise = add_gradient_noise(scale, key=seed, axis_name=given["axis_name"])
+    noise = add_gradient_noise(scale, key=seed, axis_name=shard_axes(given))
     return Stage(f"add_gradient_noise({short_repr(scale)})", noise)
 
 
@@ -337,7 +340,7 @@ def _clip_stage(given: Given) -> Stage:
         return _given_stage(clip)
     if _is_function(clip):
         return Stage(f"clip_by_function({short_repr(clip)})", clip_by_function(clip))
-    transform = clip_by_global_norm(clip, axis_name=given["axis_name"])
+    transform = clip_by_global_norm(clip, axis_name=shard_axes(given))
     return Stage(f"clip_by_global_norm({short_repr(clip)})", transform)
 
 
@@ -390,6 +393,9 @@ CHECKS: dict[str, Callable[[str, Given], object]] = {
     "seed": lambda call, given: check_key(call, "seed", given["seed"]),
     "pack_small_leaves": check_pack_size,
     "axis_name": lambda call, given: check_axis_name(call, given["axis_name"]),
+    "replica_axis_name": lambda call, given: check_axis_name(
+        call, given["replica_axis_name"], "replica_axis_name"
+    ),
     "donate": _flag("donate"),
     "skip_spikes": lambda call, given: as_spike_rule(call, given["skip_spikes"]),
     "value_and_grad": _check_value_and_grad,

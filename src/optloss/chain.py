@@ -27,6 +27,7 @@ from optloss.guard import judge, update_if
 from optloss.mesh import AxisName
 from optloss.norms import global_norm
 from optloss.rates import used_rates
+from optloss.replicas import shard_axes
 from optloss.stages import (
     ChainState,
     Extra,
@@ -64,7 +65,7 @@ class Chain:
     @classmethod
     def of(cls, call: str, given: Given) -> "Chain":
         """Return the chain that these arguments of ``call`` ask for."""
-        return cls(ChainStart.of(call, given), given["axis_name"])
+        return cls(ChainStart.of(call, given), shard_axes(given))
 
     def transform(self) -> Transform:
         """Return both halves and what stands between them as one transform."""

@@ -124,10 +124,33 @@ def varying_axes(tree: PyTree, axes: Axes) -> Axes:
     """
     if not axes:
         return ()
-    if not all(axis in varying(jax.lax.axis_index(axis)) for axis in axes):
+    if not types_tell(axes):
         return axes
     own = _varying_together(jax.tree.leaves(tree))
     return tuple(axis for axis in axes if axis in own)
+
+
+def types_tell(axes: Axes) -> bool:
+    """Tell whether the types of values say over which of the manual ``axes`` they vary.
+
+    They do not under ``pmap`` and ``shard_map`` with ``check_vma=False``.
+    """
+    return all(axis in varying(jax.lax.axis_index(axis)) for axis in axes)
+
+
+def gradient_of_all(gradients: PyTree, replicas: Axes, shards: Axes) -> PyTree:
+    """Return the gradient of a loss that all devices share, where no types tell.
+
+    There JAX differentiates the sum of what the devices return. Of a loss that is the
+    same on n devices, a shard gets n times its gradient, and each of n replicas of a
+    parameter its own part of that.
+    """
+    if replicas:
+        gradients = jax.lax.pmean(gradients, replicas)
+    if shards:
+        size = jax.lax.axis_size(shards)
+        gradients = jax.tree.map(lambda gradient: gradient / size, gradients)
+    return gradients
 
 
 def _varying_together(leaves: Sequence[PyTree]) -> frozenset[str]:

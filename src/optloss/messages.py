@@ -253,14 +253,14 @@ def check_choice(
         raise argument_error(call, argument, value, problem)
 
 
-def check_axis_name(call: str, axis_name: object) -> None:
+def check_axis_name(call: str, axis_name: object, argument: str = "axis_name") -> None:
     """Refuse ``axis_name`` unless it is a str, a tuple of them or ``None``."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(name, str) for name in names):
         cure = "must be a mesh axis's name or a tuple of them."
-        raise argument_error(call, "axis_name", axis_name, cure)
+        raise argument_error(call, argument, axis_name, cure)
     if len(set(names)) < len(names):
-        raise argument_error(call, "axis_name", axis_name, "names an axis twice.")
+        raise argument_error(call, argument, axis_name, "names an axis twice.")
 
 
 def check_key(call: str, argument: str, key: object) -> None:

@@ -49,6 +49,7 @@ def optimize_loss(
     seed: int | jax.Array = 0,
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
+    replica_axis_name: AxisName = None,
     donate: bool = True,
     skip_spikes: float | None = None,
     value_and_grad: ValueAndGrad = jax.value_and_grad,
@@ -115,7 +116,13 @@ def optimize_loss(
         pack_small_leaves: Largest size of a leaf that is packed with its like while an
             elementwise optimizer works on it; 0 packs none.
         axis_name: For ``train_op.update`` under ``shard_map`` or ``pmap``: the mesh
-            axes. Gradients are not reduced; the loss returns its ``jax.lax.pmean``.
+            axes that parameters may be sharded over. The loss returns its
+            ``jax.lax.pmean``. Types tell which parameters are; where they do not, every
+            one counts as sharded, and ``replica_axis_name`` has to be given.
+        replica_axis_name: The mesh axes along which all devices hold the same
+            parameters. Under ``pmap``, and ``shard_map`` with ``check_vma=False``,
+            gradients are averaged over them; elsewhere JAX has done so. ``()`` for
+            none.
         donate: Whether ``train_op(state, ...)`` donates the buffers of the state.
         skip_spikes: Whether a step whose loss or gradient lies far above those before
             it is skipped: the ``std_factor`` of :func:`~optloss.skip_spikes`, or
@@ -176,10 +183,11 @@ def optimize_loss(
             else tuple(summaries),
             name="OptimizeLoss" if name is None else name,
             histogram_every=int(histogram_every),
-            axis_name=axis_name,
+            axis_name=chain.axis_name,
         ),
         colocate_gradients_with_ops=colocate_gradients_with_ops,
         increment_global_step=increment_global_step,
+        replica_axis_name=replica_axis_name,
         donate=donate,
         value_and_grad=value_and_grad,
         projection=projection,

@@ -33,7 +33,7 @@ from optloss.fast.handover import Stacked
 from optloss.gradients import ValueAndGrad
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, run_projection, run_update_ops
-from optloss.mesh import shard_like, shard_state
+from optloss.mesh import AxisName, shard_like, shard_state
 from optloss.messages import short_repr
 from optloss.objective import (
     Objective,
@@ -43,6 +43,7 @@ from optloss.objective import (
     missing_argument,
     only_arrays,
 )
+from optloss.replicas import shared_gradient
 from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
@@ -115,6 +116,7 @@ class TrainOp:
     asked: Asked
     colocate_gradients_with_ops: bool
     increment_global_step: bool
+    replica_axis_name: AxisName
     donate: bool
     value_and_grad: ValueAndGrad = jax.value_and_grad
     projection: Callable[[PyTree], PyTree] | None = None
@@ -488,6 +490,9 @@ class TrainOp:
         self._check_whose(state, trained)
         outcome, gradients = objective.gradient(
             trained, self.value_and_grad, self.chain.scale(state.opt_state)
+        )
+        gradients = shared_gradient(
+            gradients, self.chain.axis_name, self.replica_axis_name
         )
         if self.colocate_gradients_with_ops:
             wanted = shardings and select_leaves(shardings.params, objective.selected)

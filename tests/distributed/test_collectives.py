@@ -68,8 +68,9 @@ def under_jit(kind, layout, options):
 def under_shard_map(layout, options, check_vma=True):
     specs = {"sharded": SHARDED, "mixed": MIXED}[layout]
     op = optloss.optimize_loss(
-        manual_loss(specs), 0, 0.1, "adam", axis_name="data", **OPTIONS[options]
-    )
+        manual_loss(specs), 0, 0.1, "adam",
+        axis_name="data", replica_axis_name=(), **OPTIONS[options],
+    )  # fmt: skip
     state = op.init(make_params())
     spread = specs_of(state, specs)
     step = jax.shard_map(

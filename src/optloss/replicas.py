@@ -1,0 +1,57 @@
+"""The gradient of a loss that several devices share, where types do not tell.
+
+Under ``shard_map`` the type of a value says along which axes it differs from device to
+device, and JAX sums the gradient of a parameter along the others. Under ``pmap``, and
+``shard_map`` with ``check_vma=False``, nothing says so, and the caller has to.
+"""
+
+from collections.abc import Mapping
+
+from optloss.mesh import Axes, AxisName, axes_of, gradient_of_all, types_tell
+from optloss.messages import refusal
+from optloss.typing import PyTree
+
+
+def shard_axes(given: Mapping[str, AxisName]) -> AxisName:
+    """Return those of ``axis_name`` that leaves may be sharded over."""
+    replicas = axes_of(given.get("replica_axis_name"))
+    if not replicas:
+        return given["axis_name"]
+    return tuple(axis for axis in axes_of(given["axis_name"]) if axis not in replicas)
+
+
+def shared_gradient(
+    gradients: PyTree, shards: AxisName, replica_axis_name: AxisName
+) -> PyTree:
+    """Return the gradient of the loss that all devices have returned alike.
+
+    Args:
+        gradients: What JAX returned on this device.
+        shards: The axes that leaves are sharded over.
+        replica_axis_name: The axes that every leaf is the same along, or ``None`` if
+            the caller did not say.
+    """
+    axes: Axes = (*axes_of(shards), *axes_of(replica_axis_name))
+    if _all_tell(axes):
+        return gradients
+    if replica_axis_name is None:
+        raise refusal(
+            f"train_op.update(axis_name={shards!r})",
+            "under pmap, and shard_map with check_vma=False, types do not say whether "
+            "the parameters are the same along these axes, and their gradients are "
+            "not averaged. Name the axes along which they are: optimize_loss("
+            "replica_axis_name=...), or () if all of them are sharded.",
+        )
+    return gradient_of_all(gradients, axes_of(replica_axis_name), axes_of(shards))
+
+
+def _all_tell(axes: Axes) -> bool:
+    try:
+        return types_tell(axes)
+    except NameError as error:  # JAX's for an axis of which it knows nothing
+        raise refusal(
+            "train_op",
+            f"{axes!r} is no axis of a shard_map or pmap that is being traced. "
+            "axis_name and replica_axis_name are for train_op.update inside one; "
+            "under jit on a mesh leave them out.",
+        ) from error
