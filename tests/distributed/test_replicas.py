@@ -162,7 +162,7 @@ UNKNOWN = (
 )
 def test_it_is_not_guessed_what_the_devices_share(run):
     op = optloss.optimize_loss(mean_loss("data"), 0, RATE, "sgd", axis_name="data")
-    with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}"):
         run(op, op.init(make_params()))
 
 
