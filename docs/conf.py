@@ -16,7 +16,7 @@ settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 project = "optloss"
 author = "The optloss authors"
-release = version = settings["version"]
+release = version = optloss.__version__
 jax, optax = (importlib.metadata.version(name) for name in ("jax", "optax"))
 copyright = (  # noqa: A001 - so Sphinx calls it
     f"2026, {author}. {settings['license']}. "

@@ -18,6 +18,9 @@ import pytest
 # one. With several steps in flight, eight devices on a few cores wait for ever.
 os.environ.setdefault("NPROC", "32")
 
+# What is printed is as wide as the terminal, and here as if there were none.
+os.environ["COLUMNS"] = "100"
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 PROGRAMS = pytest.StashKey[str]()

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import optloss
-from optloss.describe import WIDTH, Row, fold
+from optloss.describe import Row, fold
 
 
 def make(**changed):
@@ -241,10 +241,14 @@ NASTY = {
     ],
     ids=["long names", "many axes", "many numbers"],
 )
-def test_it_fits_a_hundred_columns(arguments, params):
-    text = make(**arguments).describe(params)
-    assert max(map(len, text.splitlines())) <= WIDTH
-    assert WIDTH == 100
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_it_is_as_wide_as_the_terminal(arguments, params, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    op = make(**arguments)
+    text = op.describe(params)
+    assert max(map(len, text.splitlines())) <= columns
+    words = text.split("\n\n")[0].split()
+    assert all(word in words for word in repr(op).split() if len(word) < columns - 8)
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
@@ -253,3 +257,28 @@ def test_a_long_name_keeps_its_end():
     names = [name for name, *_ in table(text)[1:]]
     assert all(name.startswith("...") for name in names)
     assert [name.split("/")[-1] for name in names] == ["bias", "kernel"]
+
+
+def test_a_chain_prints_as_what_it_does():
+    tx = optloss.make_optimizer(0.1, "adam", clip_gradients=1.0, skip_nonfinite=True)
+    words = (
+        "make_optimizer: clip_by_global_norm(1.0) -> optax.adam at 0.1 "
+        "(skipped if not finite)"
+    )
+    assert repr(tx) == words
+    assert repr(optax.GradientTransformation(*tx)).count("<bound method") == 2
+    assert len(repr(optax.GradientTransformation(*tx))) < 400
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (optax.cosine_decay_schedule(0.1, 10), "cosine_decay_schedule"),
+        (optax.join_schedules([optax.constant_schedule(1.0)], []), "join_schedules"),
+        (functools.partial(optloss.exponential_decay, 0.1, decay_steps=9, decay_rate=1),
+         "exponential_decay(0.1, decay_steps=9, decay_rate=1)"),
+    ],
+)  # fmt: skip
+def test_a_schedule_is_called_as_what_made_it(rate, words):
+    op = optloss.optimize_loss(lambda w: w, 0, rate, "adam")
+    assert repr(op) == f"OptimizeLoss: gradient -> optax.adam at {words} -> step + 1"

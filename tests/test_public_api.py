@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -92,6 +93,10 @@ def test_the_package_offers_what_its_init_exports_and_its_modules():
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert offered == set(exported())
+    assert sorted(optloss.__all__) == exported()
+    rooms = {"integrations", "optimizers", "typing"}
+    assert set(dir(optloss)) == {*exported(), *rooms, "__version__"}
+    assert optloss.__version__ == importlib.metadata.version("optloss")
     assert len(exported()) == len(set(exported()))
     assert {"optimize_loss", "make_optimizer", "get_summaries"} <= offered
 

@@ -33,6 +33,10 @@ def keep(model_state: Params, context: optloss.UpdateContext) -> Params:
     return model_state
 
 
+def keep_step(model_state: Params, step: int) -> Params:
+    return model_state
+
+
 def the_loss_and_its_step() -> None:
     optimize_loss(None, 0, 0.1, "adam")  # wrong
     optimize_loss("loss", 0, 0.1, "adam")  # wrong
@@ -44,6 +48,7 @@ def the_loss_and_its_step() -> None:
     optimize_loss(loss, 0, 0.1, "adam", increment_global_step=None)  # wrong
     optimize_loss(loss, 0, 0.1, "adam", update_ops=keep)  # wrong
     optimize_loss(loss, 0, 0.1, "adam", update_ops=["keep"])  # wrong
+    optimize_loss(loss, 0, 0.1, "adam", update_ops=[keep_step])  # wrong
     optimize_loss(loss, 0, 0.1, "adam", update_ops=[lambda state: state])  # wrong
     optimize_loss(loss, 0, 0.1, "adam", donate=None)  # wrong
     optimize_loss(loss, 0, 0.1, "adam", clip_norm=1.0)  # wrong

@@ -30,7 +30,6 @@ from optloss.summaries import get_summaries as get_summaries
 from optloss.train_op import StepOutput as StepOutput
 from optloss.train_op import TrainOp as TrainOp
 from optloss.train_op import TrainOpState as TrainOpState
-from optloss.train_op import UpdateContext as UpdateContext
 from optloss.transforms.adagc import adagc as adagc
 from optloss.transforms.adaptive_clipping import adaptive_clipping as adaptive_clipping
 from optloss.transforms.agc import agc as agc
@@ -49,3 +48,59 @@ from optloss.transforms.noise import add_gradient_noise as add_gradient_noise
 from optloss.transforms.nonfinite import skip_nonfinite as skip_nonfinite
 from optloss.transforms.spikes import skip_spikes as skip_spikes
 from optloss.transforms.zclip import zclip as zclip
+from optloss.typing import UpdateContext as UpdateContext
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPTIMIZER_CLS_NAMES",
+    "OPTIMIZER_SUMMARIES",
+    "Histogram",
+    "StepOutput",
+    "TrainOp",
+    "TrainOpState",
+    "UpdateContext",
+    "accumulate_gradients",
+    "adagc",
+    "adaptive_clipping",
+    "add_gradient_noise",
+    "agc",
+    "autoclip",
+    "carry_over",
+    "clip_by_function",
+    "clip_by_global_norm",
+    "clip_per_example",
+    "cosine_decay",
+    "cosine_decay_restarts",
+    "dynamic_loss_scale",
+    "exponential_decay",
+    "get_learning_rate",
+    "get_summaries",
+    "global_norm",
+    "histogram",
+    "inject_learning_rate",
+    "inverse_time_decay",
+    "layerwise_decay",
+    "linear_cosine_decay",
+    "list_optimizers",
+    "make_optimizer",
+    "multiply_gradients",
+    "natural_exp_decay",
+    "noisy_linear_cosine_decay",
+    "optimize_loss",
+    "pack_state",
+    "piecewise_constant",
+    "polynomial_decay",
+    "register_optimizer",
+    "scale_by_learning_rate",
+    "set_learning_rate",
+    "skip_nonfinite",
+    "skip_spikes",
+    "unpack_state",
+    "zclip",
+]
+
+
+def __dir__() -> list[str]:
+    """Return what there is to use, without the modules that it stands in."""
+    return [*__all__, "__version__", "integrations", "optimizers", "typing"]

@@ -90,12 +90,8 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
         if is_number(leaf) and _fits(leaf):
             leaves[i] = jnp.asarray(leaf)
         elif not _is_jax_array(leaf):
-            raise refusal(
-                call,
-                f"{_parameter(name)} is no array but {short_repr(leaf)}. Keep such "
-                "leaves outside, for example with params, static = eqx.partition("
-                "model, eqx.is_inexact_array), and combine them inside the loss.",
-            )
+            problem = f"{_parameter(name)} is no array but {short_repr(leaf)}."
+            raise refusal(call, f"{problem} {_cure(leaf)}")
         elif is_deleted(leaf):
             raise refusal(
                 call,
@@ -104,6 +100,15 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
             )
     check_names(call, params)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _cure(leaf: object) -> str:
+    if callable(getattr(leaf, "init", None)) and hasattr(leaf, "apply"):
+        return "Pass the parameters that it makes: module.init(key, x)."
+    return (
+        "Keep such leaves outside, for example with params, static = eqx.partition("
+        "model, eqx.is_inexact_array), and combine them inside the loss."
+    )
 
 
 def _parameter(name: str) -> str:

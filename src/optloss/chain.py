@@ -44,11 +44,17 @@ from optloss.trees import (
 )
 from optloss.typing import PyTree
 
-Transform = optax.GradientTransformationExtraArgs
 CARRY_OVER = (
     "optloss.carry_over(state, tx.init(params)) makes one of it, with all that fits."
 )
 T = TypeVar("T")
+
+
+class Transform(optax.GradientTransformationExtraArgs):
+    """Both halves of a chain as one transform, which prints as what it does."""
+
+    def __repr__(self) -> str:
+        return f"make_optimizer: {getattr(self.init, '__self__', self.init)!r}"
 
 
 @dataclasses.dataclass(frozen=True)

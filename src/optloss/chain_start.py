@@ -20,7 +20,7 @@ from optloss.trees import own_copies, select_leaves
 from optloss.typing import PyTree, Variables
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ChainStart:
     """What a chain is made of, and what makes its state."""
 
@@ -48,6 +48,23 @@ class ChainStart:
             loss_scale=scale,
             spikes=spikes,
         )
+
+    @property
+    def texts(self) -> list[str]:
+        """What each stage does, in words and in order."""
+        return [stage.text for stage in self.stages if stage.text]
+
+    @property
+    def skips(self) -> str:
+        """What the guard skips, in words."""
+        if not self.is_guarded:
+            return ""
+        spikes = "" if self.spikes is None else " or a spike"
+        return f" (skipped if not finite{spikes})"
+
+    def __repr__(self) -> str:
+        """Return the stages in order, on one line."""
+        return f"{' -> '.join(self.texts)}{self.skips}"
 
     def selected(self, params: PyTree) -> list[bool]:
         """Return, for each leaf of ``params``, whether it is trained."""

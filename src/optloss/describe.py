@@ -2,6 +2,8 @@
 
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,10 +13,13 @@ from optloss.arguments import as_arrays
 from optloss.chain import Chain
 from optloss.messages import is_number, short_repr
 from optloss.names import first_match, leaf_names
-from optloss.stages import NOTHING, Stage
+from optloss.stages import Stage
 from optloss.typing import PyTree
 
 WIDTH = 100
+"""Columns where there is no terminal."""
+NARROWEST = 40
+INDENT = 4
 WIDEST_CELL = 20
 HEADER = (
     "parameter",
@@ -45,13 +50,8 @@ class Row(NamedTuple):
 
 def one_line(chain: Chain, name: str, first: str, last: Sequence[str]) -> str:
     """Return the pipeline in order, with what comes before and after the chain."""
-    stages = chain.start.stages
-    texts = [stage.text for stage in stages if stage is not NOTHING and stage.text]
-    line = " -> ".join([first, *texts, *last])
-    skip = " (skipped if not finite)" if chain.start.is_guarded else ""
-    if chain.start.spikes is not None:
-        skip = " (skipped if not finite or a spike)"
-    return f"{name}: {line}{skip}" if name else f"{line}{skip}"
+    line = " -> ".join([first, *chain.start.texts, *last]) + chain.start.skips
+    return f"{name}: {line}" if name else line
 
 
 def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
@@ -71,15 +71,9 @@ def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
         strict=True,
     )
     rows = fold([_row(*column) for column in columns])
-    return "\n".join(
-        [
-            *_wrap(pipeline),
-            "",
-            *_table(rows),
-            "",
-            *_totals(leaves, selected, state),
-        ]
-    )
+    width = max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST)
+    totals = textwrap.wrap(_totals(leaves, selected, state), width)
+    return "\n".join([*_wrap(pipeline, width), "", *_table(rows, width), "", *totals])
 
 
 def _multipliers(stage: Stage, names: list[str]) -> list[str]:
@@ -157,11 +151,11 @@ def _spans(numbers: list[int]) -> str:
     )
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Row], width: int) -> list[str]:
     table = [Row(*HEADER), *rows]
     used = [i for i in range(len(HEADER)) if i < 4 or any(row[i] for row in rows)]
     widths = {i: max(min(len(row[i]), WIDEST_CELL) for row in table) for i in used}
-    room = WIDTH - sum(widths[i] + 2 for i in used[1:])
+    room = max(width - sum(widths[i] + 2 for i in used[1:]), len(HEADER[0]))
     widths[0] = min(max(len(row.name) for row in table), room)
     return [
         "  ".join(_cut(row[i], widths[i]).ljust(widths[i]) for i in used).rstrip()
@@ -173,21 +167,33 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
-def _wrap(line: str) -> list[str]:
-    lines, rest = [], line
-    while len(rest) > WIDTH:
-        cut = rest.rfind(" -> ", 0, WIDTH - 3)
-        cut = WIDTH - 4 if cut <= 4 else cut
-        lines.append(rest[:cut])
-        rest = "    " + rest[cut:].lstrip()
-    return [*lines, rest]
+def _wrap(line: str, width: int) -> list[str]:
+    """Return ``line`` in lines that begin at an arrow, or at a word where none fits."""
+    lines = [""]
+    for part in re.split(r" (?=-> )", line):
+        joined = f"{lines[-1]} {part}".lstrip()
+        if len(joined) + INDENT <= width or lines == [""]:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return [
+        piece
+        for i, part in enumerate(lines)
+        for piece in textwrap.wrap(
+            part,
+            width,
+            initial_indent=" " * INDENT * (i > 0),
+            subsequent_indent=" " * INDENT * (1 + (i > 0)),
+            break_on_hyphens=False,
+        )
+    ]
 
 
-def _totals(leaves: list[PyTree], selected: list[bool], state: PyTree) -> list[str]:
+def _totals(leaves: list[PyTree], selected: list[bool], state: PyTree) -> str:
     sizes = [math.prod(leaf.shape) for leaf in leaves]
     trained = sum(n for n, wanted in zip(sizes, selected, strict=True) if wanted)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return [
+    return (
         f"trained: {trained:,} parameters, frozen: {sum(sizes) - trained:,}, "
         f"optimizer state: {held:,} bytes"
-    ]
+    )

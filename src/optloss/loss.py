@@ -101,10 +101,25 @@ def real_scalar(call: str, loss: PyTree) -> jax.Array:
     if dtype is None or loss.shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise refusal(
             call,
-            f"the loss must be a real floating scalar, got {short_repr(loss)}. Reduce "
-            "it first, for example with loss.mean().",
+            f"the loss must be a real floating scalar, got {short_repr(loss)}. "
+            f"{_cure(loss)}",
         )
     return jnp.asarray(loss)
+
+
+def _cure(loss: PyTree) -> str:
+    dtype = getattr(loss, "dtype", None)
+    if loss is None:
+        return "Does the function end without a return?"
+    if isinstance(loss, (dict, list)):
+        return "Return (loss, aux), with what is only looked at as aux."
+    if dtype is None and not isinstance(loss, complex):
+        return "Return a scalar that is computed from the parameters."
+    if getattr(loss, "shape", ()) != ():
+        return "Reduce it first, for example with loss.mean()."
+    if jnp.iscomplexobj(loss):
+        return "Return a real number of it, such as loss.real or abs(loss)."
+    return "Convert what it is computed from, for example with x.astype(jnp.float32)."
 
 
 def run_projection(projection: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:

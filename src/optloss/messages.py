@@ -121,10 +121,19 @@ def _single(value: object) -> str:
     if type(value) is int and abs(value) > LARGEST_SHOWN:
         return f"an int of {value.bit_length()} bits"
     if callable(value) and hasattr(value, "__name__"):
-        return f"{value.__name__}{_place(value)}"
+        return f"{_function_name(value)}{_place(value)}"
     if isinstance(value, (str, bytes, bytearray)):
         return repr(value[:MOST_SHOWN])
     return repr(value)
+
+
+def _function_name(function: Any) -> str:
+    """Return its name; of a closure of a library, a schedule say, that of its maker."""
+    library = (getattr(function, "__module__", None) or "").split(".")[0]
+    maker, local, _ = getattr(function, "__qualname__", "").partition(".<locals>")
+    is_made = bool(local) and library in ("optax", "optloss")
+    name: str = maker if is_made else function.__name__
+    return name
 
 
 def is_encodable(text: str) -> bool:

@@ -1,5 +1,8 @@
 """The two calls: ``optimize_loss`` makes a step, ``make_optimizer`` its chain alone."""
 
+# So that help() and the API pages print the names of types, not what they stand for.
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 import jax

@@ -92,6 +92,18 @@ def get_summaries(tree: PyTree) -> dict[str, jax.Array]:
     return found
 
 
+def without_repeats(summaries: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Return ``summaries`` without what a step has reported under its name as well."""
+    both = (LEARNING_RATE, GRADIENT_NORM, CLIPPED_GRADIENT_NORM)
+    repeats = {
+        tag
+        for tag in summaries
+        if tag in both or tag.startswith(f"{LEARNING_RATE}/")
+        if any(other.endswith(f"/{tag}") for other in summaries)
+    }
+    return {tag: value for tag, value in summaries.items() if tag not in repeats}
+
+
 def _measures(node: object) -> bool:
     return isinstance(node, tuple) and hasattr(node, "measurements")
 

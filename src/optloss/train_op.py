@@ -48,7 +48,7 @@ from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
 from optloss.trees import increment, merge_leaves, own_copy, select_leaves
-from optloss.typing import PyTree, Scalar
+from optloss.typing import PyTree, Scalar, UpdateContext
 
 
 class TrainOpState(NamedTuple):
@@ -67,15 +67,6 @@ class StepOutput(NamedTuple):
     loss: Any  # float [], before the update; None if apply_gradients was given none
     aux: Any
     summaries: dict[str, jax.Array | Histogram]  # by tag
-
-
-class UpdateContext(NamedTuple):
-    """What an update op may look at."""
-
-    params: Any  # after the update
-    aux: Any
-    loss: jax.Array  # before the update
-    step: jax.Array | None  # before its increment
 
 
 class Moved(NamedTuple):
@@ -165,9 +156,9 @@ class TrainOp:
                 allocated.
 
         Returns:
-            Lines of at most 100 columns, with a row a parameter that gives its name,
-            shape, dtype, whether it is trained and its multipliers. Rows of like
-            layers are folded.
+            Lines as wide as the terminal, or 100 columns where there is none, with a
+            row a parameter that gives its name, shape, dtype, whether it is trained and
+            its multipliers. Rows of like layers are folded.
 
         Raises:
             ValueError: As :meth:`init`, for names and patterns that match nothing.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 from jax.typing import ArrayLike
@@ -103,8 +103,18 @@ Variables: TypeAlias = (
 )
 """Which parameters are trained: names, patterns, a predicate or a tree of bools."""
 
-UpdateOp: TypeAlias = Callable[[PyTree, PyTree], PyTree]
-"""``op(model_state, context) -> model_state``; the context is an UpdateContext."""
+
+class UpdateContext(NamedTuple):
+    """What an update op may look at."""
+
+    params: Params  # after the update
+    aux: PyTree
+    loss: jax.Array  # before the update
+    step: jax.Array | None  # before its increment
+
+
+UpdateOp: TypeAlias = Callable[[PyTree, UpdateContext], PyTree]
+"""``op(model_state, context) -> model_state``."""
 
 Summaries: TypeAlias = Sequence[
     Literal[

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import optloss
 from optloss.histograms import Histogram, histogram
 from optloss.integrations import tensorboard
 from optloss.integrations.tensorboard import SummaryWriter
@@ -70,6 +71,32 @@ def test_scalars_come_back(tmp_path):
             writer.write(step, summaries)
     assert scalars(tmp_path, "a/loss") == [(0, 0.0), (1, 0.25), (2, 0.5)]
     assert scalars(tmp_path, "b [ms]:0") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def loss_of(params, x):
+    return jnp.mean((params["w"] * x - 1.0) ** 2)
+
+
+@pytest.mark.parametrize("rate", [0.1, {"w": 0.1, "**": 0.2}])
+def test_what_a_step_and_its_state_both_tell_is_written_once(rate, tmp_path):
+    op = optloss.optimize_loss(
+        loss_of, 0, rate, "adam", clip_gradients=1.0,
+        summaries=["loss", "learning_rate", "gradient_norm"],
+    )  # fmt: skip
+    params = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+    state, output = op(op.init(params), jnp.ones(3))
+    with SummaryWriter(tmp_path) as writer:
+        writer.write(0, output.summaries | optloss.get_summaries(state))
+        writer.write(1, optloss.get_summaries(state))
+    keys = [""] if rate == 0.1 else ["/w", "/**"]
+    both = [f"learning_rate{key}" for key in keys]
+    both += ["global_norm/gradient_norm", "global_norm/clipped_gradient_norm"]
+    alone = ["clip_factor", "clipped_share"]
+    in_the_first = {event: len(scalars(tmp_path, event)) for event in both + alone}
+    # The second call has no other tag for them.
+    assert in_the_first == dict.fromkeys(both, 1) | dict.fromkeys(alone, 2)
+    tags = {*output.summaries, *both, *alone}
+    assert set(read(tmp_path).Tags()["scalars"]) == tags
 
 
 @pytest.mark.parametrize(
@@ -351,6 +378,7 @@ def test_an_error_in_the_loop_does_not_lose_what_came_before(tmp_path):
 
 UNCLOSED = """
 import sys, jax.numpy as jnp
+import optloss
 from optloss.integrations.tensorboard import SummaryWriter
 writer = SummaryWriter(sys.argv[1])
 for step in range(100):
@@ -531,6 +559,7 @@ def test_a_donated_value_is_refused(tmp_path):
 
 FORKED = """
 import os, sys, warnings
+import optloss
 from optloss.integrations.tensorboard import SummaryWriter
 warnings.simplefilter("ignore")
 writer = SummaryWriter(sys.argv[1])

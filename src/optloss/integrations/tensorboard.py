@@ -33,6 +33,7 @@ from optloss.messages import (
     refusal,
     short_repr,
 )
+from optloss.summaries import without_repeats
 from optloss.typing import PyTree
 
 try:
@@ -103,7 +104,9 @@ class SummaryWriter:
             summaries: Dict from tag to real scalar ``[]`` or to
                 :class:`optloss.Histogram`, such as ``output.summaries``; or all of them
                 stacked by ``jax.lax.scan``, with one more leading axis ``[steps]``. A
-                histogram that counted nothing is left out.
+                histogram that counted nothing is left out. Of ``output.summaries |
+            get_summaries(state)``, the rate and the norms, which stand in both, are
+            written once, under the tags of the first.
 
         Raises:
             ValueError: If the writer is closed, ``step`` is no int, or a value is none
@@ -124,7 +127,8 @@ class SummaryWriter:
         rows = range(first, 1 if count is None else count, self._every)
         if self._worker is not None and summaries and rows:
             steps = {step + row: None if count is None else row for row in rows}
-            self._worker.submit(_Pending(time.time(), steps, _pack(dict(summaries))))
+            packed = _pack(without_repeats(summaries))
+            self._worker.submit(_Pending(time.time(), steps, packed))
 
     def flush(self) -> None:
         """Wait until all that was handed over is on disk."""
