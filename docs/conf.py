@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import tomllib
 import urllib.request
@@ -39,7 +40,14 @@ extensions = [
 ]
 exclude_patterns = ["_build", "tables"]
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"(jax|jnp|np|numpy|optax|flax)\..*")]
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|flax|jax|jnp|np|numpy|optax|os|re|types|typing)\..*"),
+    ("py:class", r"optloss\.\w+\.(AverageState|Levels|LossScale)"),
+    (
+        "py:class",
+        r"ArrayLike|AverageState|Filter|LossScale|Mapping|Rates|Collection|Iterable|Sequence",
+    ),
+]
 
 
 def inventory(name, url):
@@ -100,7 +108,29 @@ myst_enable_extensions = [
 ]
 myst_heading_anchors = 3
 
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {
+    name: f"optloss.typing.{name}"
+    for name in vars(optloss.typing)
+    if name[0].isupper() and name not in ("Any", "Callable", "Literal", "Protocol")
+}
+python_maximum_signature_line_length = 80
+
+
+def name_types(app, what, name, obj, options, signature, return_annotation):
+    """Return a signature in which types have their names of ``optloss.typing``."""
+    of_sphinx = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
+    return tuple(
+        text and of_sphinx.sub(r"\1", text).replace("optloss.typing.", "")
+        for text in (signature, return_annotation)
+    )
+
+
+def setup(app):
+    """Name the types before Sphinx links them."""
+    app.connect("autodoc-process-signature", name_types)
+
+
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 add_module_names = False

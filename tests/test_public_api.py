@@ -152,7 +152,7 @@ def test_a_function_documents_its_arguments_and_what_it_returns(name):
     parameters = inspect.signature(find(name)).parameters.values()
     assert documented == [str(p).split(":")[0].split("=")[0] for p in parameters]
     returns = inspect.signature(find(name)).return_annotation
-    assert section(doc, "Returns") or returns is None
+    assert section(doc, "Returns") or returns == "None"
 
 
 def test_what_is_returned_is_a_sentence():

@@ -7,6 +7,8 @@ A count and the moments beside it belong together. So a node is kept whole or no
 all, with one exception: parameters that the old run did not train start afresh in it.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any

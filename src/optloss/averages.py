@@ -8,7 +8,6 @@ with ``num_updates`` in TensorFlow's ``ExponentialMovingAverage``, so that the f
 parameters are soon forgotten.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -25,9 +24,9 @@ from optloss.trees import (
     real_dtype,
     to_float32,
 )
-from optloss.typing import PyTree, Scalar
+from optloss.typing import PyTree, Schedule
 
-Decay: TypeAlias = float | Callable[[jax.Array], Scalar]
+Decay: TypeAlias = float | Schedule
 
 
 class AverageState(NamedTuple):

@@ -24,7 +24,6 @@ from optloss.fast.packing import (
     pack,
 )
 from optloss.guard import judge, update_if
-from optloss.mesh import AxisName
 from optloss.norms import global_norm
 from optloss.rates import used_rates
 from optloss.replicas import shard_axes
@@ -42,7 +41,7 @@ from optloss.trees import (
     negative_zeros,
     select_leaves,
 )
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 CARRY_OVER = (
     "optloss.carry_over(state, tx.init(params)) makes one of it, with all that fits."

@@ -12,6 +12,8 @@ which puts the first stair of ``decay_steps=41`` at step 42, and float32 knows n
 number above :math:`2^{24}`. Between those steps, float32's rounding is all there is.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Sequence

@@ -11,6 +11,8 @@ trained parameters, ``args`` and ``kwargs`` what the step was called with, so th
 a function can split them, map over them or use them twice.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import (
-    AxisName,
     all_devices,
     cond_on_mesh,
     is_traced,
@@ -32,7 +31,7 @@ from optloss.trees import (
     merge_leaves,
     negative_zeros,
 )
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 T = TypeVar("T")
 

@@ -6,6 +6,8 @@ among the limits would give them: the bucket is read from the bits of a float, n
 its logarithm.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from optloss.mesh import Axes, AxisName, axes_of, reduce_over_mesh, varying_axes
+from optloss.mesh import Axes, axes_of, reduce_over_mesh, varying_axes
 from optloss.messages import check_axis_name
 from optloss.trees import inexact_leaves, norm_dtype
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 DType: TypeAlias = np.dtype[np.generic]
 Part: TypeAlias = jax.Array | np.ndarray
@@ -78,7 +80,7 @@ class Histogram:
         )  # fmt: skip
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Any]) -> "Histogram":
+    def of_parts(cls, parts: Sequence[Any]) -> Histogram:
         """Return the histogram whose parts are read from ``parts`` when looked at."""
         made = cls.__new__(cls)
         made._parts = parts
@@ -161,7 +163,7 @@ class Histogram:
         return tuple(self._parts), None
 
     @classmethod
-    def tree_unflatten(cls, aux: None, children: Sequence[Any]) -> "Histogram":
+    def tree_unflatten(cls, aux: None, children: Sequence[Any]) -> Histogram:
         """Return the histogram that was flattened to ``children``."""
         del aux
         return cls.of_parts(children)

@@ -8,6 +8,8 @@ number before it is differentiated, and the gradients are divided by it afterwar
 Where a number overflows, the guard skips the step, and the next tries a smaller scale.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any, NamedTuple
 

@@ -31,12 +31,11 @@ from jax.sharding import (
 )
 from jax.typing import DTypeLike
 
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 T = TypeVar("T")
 
 Axes = tuple[str, ...]
-AxisName = str | Axes | None
 Path = tuple[Hashable, ...]
 
 

@@ -19,6 +19,8 @@ References:
     sorts the values into three sums; here each enters all three, without a branch.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +32,6 @@ import numpy as np
 
 from optloss.mesh import (
     Axes,
-    AxisName,
     axes_of,
     cond_on_mesh,
     explicit_axes,
@@ -39,7 +40,7 @@ from optloss.mesh import (
 )
 from optloss.messages import check_axis_name
 from optloss.trees import inexact_leaves, norm_dtype
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 Leaves: TypeAlias = list[jax.Array]
 DType: TypeAlias = np.dtype[np.generic]

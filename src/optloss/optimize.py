@@ -1,6 +1,5 @@
 """The two calls: ``optimize_loss`` makes a step, ``make_optimizer`` its chain alone."""
 
-# So that help() and the API pages print the names of types, not what they stand for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -8,13 +7,12 @@ from collections.abc import Callable, Sequence
 import jax
 import optax
 
-from optloss.averages import Decay
 from optloss.chain import Chain
 from optloss.loss_scale import LossScale
-from optloss.mesh import AxisName
 from optloss.summaries import Asked
 from optloss.train_op import TrainOp
 from optloss.typing import (
+    AxisName,
     Clip,
     DecayFn,
     LearningRate,
@@ -23,6 +21,7 @@ from optloss.typing import (
     NoiseScale,
     Optimizer,
     Params,
+    Schedule,
     Summaries,
     UpdateOp,
     ValueAndGrad,
@@ -58,17 +57,18 @@ def optimize_loss(
     value_and_grad: ValueAndGrad = jax.value_and_grad,
     loss_scale: float | LossScale | None = None,
     projection: Callable[[Params], Params] | None = None,
-    moving_average: Decay | None = None,
+    moving_average: float | Schedule | None = None,
 ) -> TrainOp:
     r"""Make a complete, compiled training step of a loss.
 
-    Each step differentiates the loss and runs, always in this order,
+    Each step differentiates the loss and runs, always in the order of
+    ``tf.contrib.layers.optimize_loss``::
 
         gradient -> + noise -> x multipliers -> (norm measured) -> clip
         -> (clipped norm measured) -> optimizer at lr(step) -> x rate multipliers
         -> step + 1
 
-    as ``tf.contrib.layers.optimize_loss`` did. What is not asked for costs nothing.
+    What is not asked for costs nothing.
 
     Args:
         loss: ``loss(params, *args, **kwargs)`` returns the loss, a real floating

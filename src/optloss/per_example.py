@@ -1,5 +1,7 @@
 """The gradient with each example's share of it bounded: what privacy asks for."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The base rate of a run, read and set in the middle of it."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import jax

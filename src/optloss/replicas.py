@@ -7,9 +7,9 @@ device, and JAX sums the gradient of a parameter along the others. Under ``pmap`
 
 from collections.abc import Mapping
 
-from optloss.mesh import Axes, AxisName, axes_of, gradient_of_all, types_tell
+from optloss.mesh import Axes, axes_of, gradient_of_all, types_tell
 from optloss.messages import refusal
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 
 def shard_axes(given: Mapping[str, AxisName]) -> AxisName:

@@ -5,6 +5,8 @@ that returns a dict from tag to scalar. :func:`get_summaries` finds such states 
 they are wrapped, so nothing has to be computed, or passed along, a second time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,11 +16,10 @@ from jax.typing import ArrayLike
 
 from optloss.fast.handover import Stacked, empty_like
 from optloss.histograms import Histogram, histogram
-from optloss.mesh import AxisName
 from optloss.names import leaf_names
 from optloss.norms import global_norm, leaf_norms
 from optloss.trees import inexact_leaves, is_inexact
-from optloss.typing import PyTree, Summaries
+from optloss.typing import AxisName, PyTree, Summaries
 
 LEARNING_RATE = "learning_rate"
 LOSS = "loss"

@@ -6,6 +6,8 @@ It is compiled once: whatever may change from step to step, the learning rate an
 data included, is an argument of the compiled program and no constant in it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -19,7 +21,6 @@ from optloss.adopt import adopt_state
 from optloss.arguments import as_arrays
 from optloss.averages import (
     AverageState,
-    Decay,
     averaged,
     start_average,
     update_average,
@@ -33,7 +34,7 @@ from optloss.fast.handover import Stacked
 from optloss.gradients import ValueAndGrad
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, run_projection, run_update_ops
-from optloss.mesh import AxisName, shard_like, shard_state
+from optloss.mesh import shard_like, shard_state
 from optloss.messages import short_repr
 from optloss.objective import (
     Objective,
@@ -48,7 +49,7 @@ from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
 from optloss.trees import increment, merge_leaves, own_copy, select_leaves
-from optloss.typing import PyTree, Scalar, UpdateContext
+from optloss.typing import AxisName, PyTree, Scalar, Schedule, UpdateContext
 
 
 class TrainOpState(NamedTuple):
@@ -111,7 +112,7 @@ class TrainOp:
     donate: bool
     value_and_grad: ValueAndGrad = jax.value_and_grad
     projection: Callable[[PyTree], PyTree] | None = None
-    moving_average: Decay | None = None
+    moving_average: float | Schedule | None = None
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -264,7 +265,7 @@ class TrainOp:
         placed: TrainOpState = shard_state(state, state.params)
         return placed
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainOp":
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainOp:
         """Return the op itself: it never changes."""
         return self
 
@@ -541,7 +542,7 @@ class TrainOp:
         outcome: Outcome,
         trained: PyTree,
         selected: list[bool],
-    ) -> "Moved":
+    ) -> Moved:
         """Return what follows the optimizer: projection, average and update ops."""
         if self.projection is not None:
             trained = run_projection(self.projection, trained)

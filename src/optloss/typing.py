@@ -1,4 +1,8 @@
-"""What the arguments and results of the library are, by name."""
+"""What the arguments and results of the library are, by name.
+
+Modules whose functions are public import ``annotations`` from ``__future__``, so that
+``help()`` and the API pages print these names and not what they stand for.
+"""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -36,7 +40,7 @@ class ByPattern(Protocol[T_co]):
 
 
 Params: TypeAlias = PyTree
-"""The parameters: a tree of arrays, of which the floating and complex ones train."""
+"""A tree of arrays, of which the floating and complex ones are trained."""
 
 Loss: TypeAlias = Callable[
     ..., Scalar | tuple[Scalar, PyTree] | tuple[Scalar, PyTree, PyTree]
@@ -101,7 +105,7 @@ DecayFn: TypeAlias = Callable[[jax.Array, jax.Array], ArrayLike]
 Variables: TypeAlias = (
     Pattern | Collection[Pattern] | Callable[[str, jax.Array], bool] | PyTree | None
 )
-"""Which parameters are trained: names, patterns, a predicate or a tree of bools."""
+"""What is trained, by names, patterns, a predicate or a tree of bools."""
 
 
 class UpdateContext(NamedTuple):
@@ -113,6 +117,9 @@ class UpdateContext(NamedTuple):
     step: jax.Array | None  # before its increment
 
 
+AxisName: TypeAlias = str | tuple[str, ...] | None
+"""The name of a mesh axis, or several."""
+
 UpdateOp: TypeAlias = Callable[[PyTree, UpdateContext], PyTree]
 """``op(model_state, context) -> model_state``."""
 
@@ -121,7 +128,7 @@ Summaries: TypeAlias = Sequence[
         "learning_rate", "loss", "gradients", "gradient_norm", "global_gradient_norm"
     ]
 ]
-"""What a step reports: names out of ``OPTIMIZER_SUMMARIES``."""
+"""Names out of ``OPTIMIZER_SUMMARIES``, of what a step reports."""
 
 Differentiated: TypeAlias = tuple[tuple[jax.Array, tuple[PyTree, PyTree]], PyTree]
 """``((loss, (model_state, aux)), gradients)``."""

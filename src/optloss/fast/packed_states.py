@@ -5,6 +5,8 @@ state is refused: a vector cut at other places would give each parameter the mom
 its neighbours, without a word.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable
 
 import jax

@@ -5,6 +5,8 @@ events of them and writes the file. What is handed over is copied on the device 
 so that a state donated to the next step may take its scalars with it.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import os
@@ -104,9 +106,9 @@ class SummaryWriter:
             summaries: Dict from tag to real scalar ``[]`` or to
                 :class:`optloss.Histogram`, such as ``output.summaries``; or all of them
                 stacked by ``jax.lax.scan``, with one more leading axis ``[steps]``. A
-                histogram that counted nothing is left out. Of ``output.summaries |
-            get_summaries(state)``, the rate and the norms, which stand in both, are
-            written once, under the tags of the first.
+                histogram that counted nothing is left out. The rate and the norms,
+                which ``output.summaries | get_summaries(state)`` has twice, are written
+                once.
 
         Raises:
             ValueError: If the writer is closed, ``step`` is no int, or a value is none

@@ -5,6 +5,8 @@ name is optax's own function of that name. Either may carry keywords, written as
 writes them: ``"adamw(weight_decay=0.1)"``. Such a text is parsed, never run.
 """
 
+from __future__ import annotations
+
 import ast
 import fnmatch
 import functools

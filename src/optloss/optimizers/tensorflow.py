@@ -13,6 +13,8 @@ otherwise, to which the rate and the hyper-parameters are rounded. Gradients tha
 floating or complex arrays pass through, ``None`` among them, and touch no slot.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

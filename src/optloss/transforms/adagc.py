@@ -26,13 +26,14 @@ This is AdaGC. What differs from the paper and the authors' code:
   or before it. Here it is the norm after the clip, as in the paper.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.mesh import AxisName
 from optloss.messages import check_axis_name, check_number
 from optloss.norms import global_norm, leaf_norms
 from optloss.summaries import (
@@ -48,7 +49,7 @@ from optloss.trees import (
     norm_dtype,
     scale_leaves,
 )
-from optloss.typing import PyTree, Scalar
+from optloss.typing import AxisName, PyTree, Scalar
 
 
 class AdaGCState(NamedTuple):

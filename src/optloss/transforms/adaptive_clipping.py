@@ -23,6 +23,8 @@ This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
   being high still raise the threshold step by step.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
@@ -31,7 +33,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from optloss.mesh import AxisName
 from optloss.messages import (
     argument_error,
     check_axis_name,
@@ -52,7 +53,7 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
-from optloss.typing import PyTree
+from optloss.typing import AxisName, PyTree
 
 STATISTICS = ("current", "previous")
 

@@ -23,6 +23,8 @@ authors' code, and from ``optax.adaptive_grad_clip``, which follows it:
 * The norms are float32 for half-precision leaves, and right at every magnitude.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection
 from typing import NamedTuple
@@ -31,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.mesh import Axes, AxisName, axes_of, varying_axes
+from optloss.mesh import Axes, axes_of, varying_axes
 from optloss.messages import argument_error, check_axis_name, check_number, refusal
 from optloss.names import first_match, is_pattern_list, leaf_names
 from optloss.norms import global_norm
@@ -48,7 +50,7 @@ from optloss.trees import (
     norm_dtype,
     scale_leaves,
 )
-from optloss.typing import Pattern, PyTree, Scalar
+from optloss.typing import AxisName, Pattern, PyTree, Scalar
 
 
 class AGCState(NamedTuple):

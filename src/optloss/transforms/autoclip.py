@@ -20,13 +20,14 @@ This is AutoClip. What differs:
   gradient ends the training.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.mesh import AxisName
 from optloss.messages import check_axis_name, check_int, check_number
 from optloss.norms import global_norm
 from optloss.summaries import (
@@ -37,7 +38,7 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
-from optloss.typing import PyTree, Scalar
+from optloss.typing import AxisName, PyTree, Scalar
 
 MOST_NORMS = 2**20
 

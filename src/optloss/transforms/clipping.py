@@ -1,5 +1,7 @@
 """Clipping by the global norm, and by a function of the caller's own."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -8,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from optloss.knobs import check_knob, value_at
-from optloss.mesh import AxisName
 from optloss.messages import (
     argument_error,
     check_axis_name,
@@ -25,7 +26,7 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, is_inexact, norm_dtype, scale_leaves
-from optloss.typing import Pairs, PyTree, Scalar, Schedule
+from optloss.typing import AxisName, Pairs, PyTree, Scalar, Schedule
 
 
 class ClipState(NamedTuple):

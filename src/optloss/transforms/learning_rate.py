@@ -1,5 +1,7 @@
 """The learning rate: a number that lives in the state, and may decay."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Multipliers by parameter name."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """Gaussian noise on the gradient."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ import optax
 
 from optloss.fast.draws import add_normals, split_key
 from optloss.knobs import check_knob, value_at
-from optloss.mesh import Axes, AxisName, axes_of, shard_index, varying_axes
+from optloss.mesh import Axes, axes_of, shard_index, varying_axes
 from optloss.messages import (
     check_axis_name,
     check_choice,
@@ -20,7 +22,7 @@ from optloss.messages import (
 from optloss.names import check_names, leaf_names
 from optloss.summaries import NOISE_STD
 from optloss.trees import increment, is_inexact
-from optloss.typing import PyTree, Scalar, Schedule
+from optloss.typing import AxisName, PyTree, Scalar, Schedule
 
 DISTRIBUTIONS = ("normal", "truncated_normal")
 

@@ -1,11 +1,13 @@
 """Skipping updates whose loss or gradient is not finite."""
 
+from __future__ import annotations
+
 import optax
 
 from optloss.guard import guarded
-from optloss.mesh import AxisName
 from optloss.messages import argument_error, check_axis_name
 from optloss.trees import is_transformation
+from optloss.typing import AxisName
 
 
 def skip_nonfinite(

@@ -1,13 +1,14 @@
 """Skipping updates whose loss or gradient is far larger than those before."""
 
+from __future__ import annotations
+
 import optax
 
 from optloss.guard import guarded
-from optloss.mesh import AxisName
 from optloss.messages import argument_error, check_axis_name, check_number
 from optloss.spikes import STD_FACTOR, SpikeRule
 from optloss.trees import is_transformation
-from optloss.typing import Scalar
+from optloss.typing import AxisName, Scalar
 
 
 def skip_spikes(

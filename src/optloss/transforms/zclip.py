@@ -32,13 +32,14 @@ This is ZClip, as its authors' code has it. What differs:
   ``skip_update_on_spike``, which are off by default.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.mesh import AxisName
 from optloss.messages import check_axis_name, check_choice, check_number
 from optloss.norms import global_norm
 from optloss.summaries import (
@@ -49,7 +50,7 @@ from optloss.summaries import (
     GRADIENT_NORM,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
-from optloss.typing import PyTree, Scalar
+from optloss.typing import AxisName, PyTree, Scalar
 
 MODES = ("adaptive", "mean", "threshold")
 
