@@ -282,8 +282,9 @@ def decays(rate: float, step: jax.Array) -> list[jax.Array]:
 def states(op: optloss.TrainOp, params: Params) -> list[str]:
     state = op.adopt(op.init(params), params)
     assert_type(state, optloss.TrainOpState)
-    assert_type(optloss.get_learning_rate(state), jax.Array | dict[str, jax.Array])
-    state = optloss.set_learning_rate(state, {"**": 0.1})
+    assert_type(float(optloss.get_learning_rate(state)), float)
+    optloss.get_learning_rate(state)["**"]
+    assert_type(optloss.set_learning_rate(state, {"**": 0.1}), optloss.TrainOpState)
     state = optloss.unpack_state(optloss.pack_state(state, params, 4), params, 4)
     opt_state, kept, fresh = optloss.carry_over(state.opt_state, state.opt_state)
     state, output = op.apply_gradients(state._replace(opt_state=opt_state), params)

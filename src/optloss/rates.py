@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from optloss.transforms.learning_rate import LearningRateState, check_rate_numbe
 from optloss.trees import own_copy
 from optloss.typing import PyTree, Scalar
 
+T = TypeVar("T")
 
-def set_learning_rate(state: PyTree, value: Scalar | Mapping[str, Scalar]) -> PyTree:
+
+def set_learning_rate(state: T, value: Scalar | Mapping[str, Scalar]) -> T:
     """Return ``state`` with another learning rate (before decay, where there is one).
 
     Nothing is compiled again: the rate is a scalar in the state, not a constant of the
@@ -74,10 +77,11 @@ def set_learning_rate(state: PyTree, value: Scalar | Mapping[str, Scalar]) -> Py
     for i, node in enumerate(nodes):
         if isinstance(node, LearningRateState):
             nodes[i] = node._replace(base=_replaced(node.base, new))
-    return jax.tree.unflatten(structure, nodes)
+    changed: T = jax.tree.unflatten(structure, nodes)
+    return changed
 
 
-def get_learning_rate(state: PyTree) -> jax.Array | dict[str, jax.Array]:
+def get_learning_rate(state: PyTree) -> jax.Array | Any:
     """Return the learning rate in ``state`` (before decay, where there is one).
 
     Args:

@@ -67,7 +67,7 @@ class StepOutput(NamedTuple):
 
     loss: Any  # float [], before the update; None if apply_gradients was given none
     aux: Any
-    summaries: dict[str, jax.Array | Histogram]  # by tag
+    summaries: dict[str, jax.Array | Any]  # by tag; a Histogram under some
 
 
 class Moved(NamedTuple):
