@@ -169,6 +169,8 @@ def optloss_step(case: str, loss: Callable, form: str) -> tuple[Callable, Callab
         features["gradient_noise_scale"] = STD
     if case in GUARDED:
         features["skip_nonfinite"] = True
+    if case == "clip+spikes":
+        features["skip_spikes"] = True
     if case == "everything":
         features |= EVERYTHING
     if form == "chain":

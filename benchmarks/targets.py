@@ -138,6 +138,7 @@ CELLS = [
     h100("clip/1e7/16", "clip", 1.00),
     h100("adaptive/1e7/16", "clip", 1.00),
     h100("clip+guard/1e7/16", "clip", 1.01),
+    h100("clip+spikes/1e7/16", "clip", 1.01),
     h100("noise+clip/1e7/16", "noise+clip", 1.12),
     h100("everything/1e7/16", "noise+clip", 1.12),
     h100("clip+gradient_norm/1e7/16", "clip", 1.02),

@@ -63,7 +63,7 @@ def figures(targets, compilers, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "case", ["clip+guard", "noise+clip+guard", "clip+gradient_norm"]
+    "case", ["clip+guard", "noise+clip+guard", "clip+gradient_norm", "clip+spikes"]
 )
 def test_a_gpu_runs_a_step_without_the_host(figures, case):
     step = figures(f"optloss/h100/{case}/{SIZE}")
@@ -77,6 +77,13 @@ def test_the_guard_allocates_nothing_on_a_gpu(figures):
     bare = figures(f"optax/h100/clip/{SIZE}")
     assert step["temporaries"] < GRADIENT / 4
     assert step["bytes"] <= 1.05 * bare["bytes"]
+
+
+def test_two_guards_are_one_on_a_gpu(figures):
+    one = figures(f"optloss/h100/clip+guard/{SIZE}")
+    both = figures(f"optloss/h100/clip+spikes/{SIZE}")
+    assert both["bytes"] <= one["bytes"] + 1000  # the statistics, scalars
+    assert both["temporaries"] <= one["temporaries"] + 1000
 
 
 @pytest.mark.parametrize(
