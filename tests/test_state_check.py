@@ -149,6 +149,7 @@ def test_states_in_a_shard_map():
         *(0, 0.1, "adam"),
         clip_gradients=1.0,
         axis_name="data",
+        replica_axis_name=(),
     )
     state = op.init(params)
     spec = jax.tree.map(

@@ -35,7 +35,7 @@ from optloss.gradients import ValueAndGrad
 from optloss.histograms import Histogram
 from optloss.loss import Outcome, run_projection, run_update_ops
 from optloss.mesh import shard_like, shard_state
-from optloss.messages import short_repr
+from optloss.messages import argument_error, short_repr
 from optloss.objective import (
     Objective,
     conjugate,
@@ -274,7 +274,7 @@ class TrainOp:
 
         Arrays of ``state`` may also be among the arguments: they are copied before.
         """
-        _check_state(state)
+        _check_state("train_op", state)
         state = _with_step_as_array(state)
         with clear_if_deleted("train_op(state)", state):
             new_state, loss, aux, found = self._compiled(state, *args, **kwargs)
@@ -306,7 +306,7 @@ class TrainOp:
             ValueError: If ``state`` is no state, or the loss returns something else
                 than the contract of :func:`optimize_loss` says.
         """
-        _check_state(state)
+        _check_state("train_op", state)
         state = _with_step_as_array(state)
         with (
             clear_if_deleted("train_op.update(state)", state),
@@ -361,7 +361,7 @@ class TrainOp:
             [0.8 1.6]
         """
         call = "train_op.apply_gradients"
-        _check_state(state)
+        _check_state(call, state)
         state = _with_step_as_array(state)
         with clear_if_deleted(f"{call}(state)", state):
             new_state, loss, aux, found = self._compiled_application(
@@ -384,7 +384,7 @@ class TrainOp:
     ) -> Any:
         selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
-        self._check_whose(state, trained)
+        self._check_whose("train_op.apply_gradients(state)", state, trained)
         gradients = conjugate(given_gradients(gradients, trained))
         if self.colocate_gradients_with_ops:
             wanted = shardings and select_leaves(shardings.params, selected)
@@ -422,7 +422,7 @@ class TrainOp:
             >>> print(state.params, train_op.averaged(state).round(3))
             0.0 0.1
         """
-        _check_state(state)
+        _check_state("train_op.averaged", state)
         if state.average is None:
             raise ValueError(
                 "train_op.averaged(state): the state holds no average. Make the op "
@@ -458,7 +458,7 @@ class TrainOp:
         References:
             Defazio et al., *The Road Less Scheduled*, 2024, arXiv:2405.15682.
         """
-        _check_state(state)
+        _check_state("train_op.evaluation_params", state)
         selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
         layout, size = self.chain.start.layout(trained), self.chain.start.pack_size
@@ -479,7 +479,7 @@ class TrainOp:
             kwargs=kwargs,
         )
         trained = select_leaves(state.params, objective.selected)
-        self._check_whose(state, trained)
+        self._check_whose("train_op(state)", state, trained)
         outcome, gradients = objective.gradient(
             trained, self.value_and_grad, self.chain.scale(state.opt_state)
         )
@@ -555,9 +555,8 @@ class TrainOp:
         model_state = run_update_ops(ops, outcome.model_state, context)
         return Moved(trained, average, model_state)
 
-    def _check_whose(self, state: TrainOpState, trained: PyTree) -> None:
+    def _check_whose(self, call: str, state: TrainOpState, trained: PyTree) -> None:
         """Refuse a state of another op; while tracing, so at no cost to a step."""
-        call = "train_op(state)"
         counter = jax.ShapeDtypeStruct((), jnp.int32)
         step = None if self.global_step is None else counter
         check_part(call, "step counter", state.step, step, ADOPT)
@@ -570,7 +569,7 @@ class TrainOp:
         self.chain.start.check(call, state.opt_state, trained, ADOPT)
 
 
-def _check_state(state: Any) -> None:
+def _check_state(call: str, state: Any) -> None:
     if not isinstance(state, TrainOpState):
         pair = isinstance(state, tuple) and isinstance((*state, None)[0], TrainOpState)
         advice = (
@@ -578,10 +577,8 @@ def _check_state(state: Any) -> None:
             if pair
             else "Make one with state = train_op.init(params)."
         )
-        raise ValueError(
-            f"train_op(state={short_repr(state)}): the first argument must be a "
-            f"TrainOpState. {advice}"
-        )
+        problem = f"the first argument must be a TrainOpState. {advice}"
+        raise argument_error(call, "state", state, problem)
 
 
 def _with_step_as_array(state: TrainOpState) -> TrainOpState:
