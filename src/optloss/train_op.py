@@ -32,7 +32,6 @@ from optloss.donation import clear_if_deleted
 from optloss.evaluation import evaluation_params
 from optloss.fast.handover import Stacked
 from optloss.gradients import ValueAndGrad
-from optloss.histograms import Histogram
 from optloss.loss import Outcome, run_projection, run_update_ops
 from optloss.mesh import shard_like, shard_state
 from optloss.messages import argument_error, short_repr
