@@ -42,7 +42,7 @@ exclude_patterns = ["_build", "tables"]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(collections|flax|jax|jnp|np|numpy|optax|os|re|types|typing)\..*"),
-    ("py:class", r"optloss\.\w+\.(AverageState|Levels|LossScale)"),
+    ("py:class", r"optloss\.\w+\.(AverageState|Levels|LossScale|T)"),
     (
         "py:class",
         r"ArrayLike|AverageState|Filter|LossScale|Mapping|Rates|Collection|Iterable|Sequence",
