@@ -93,6 +93,16 @@ def get_summaries(tree: PyTree) -> dict[str, jax.Array]:
     return found
 
 
+def clip_measurements(state: PyTree) -> dict[str, jax.Array]:
+    """Return what the state of any clip tells, by summary tags."""
+    return {
+        GRADIENT_NORM: state.norm,
+        CLIPPED_GRADIENT_NORM: state.norm * state.factor,
+        CLIP_FACTOR: state.factor,
+        CLIPPED_SHARE: state.clipped / jnp.maximum(state.step, 1),
+    }
+
+
 def without_repeats(summaries: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Return ``summaries`` without what a step has reported under its name as well."""
     both = (LEARNING_RATE, GRADIENT_NORM, CLIPPED_GRADIENT_NORM)

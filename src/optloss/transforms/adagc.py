@@ -37,10 +37,7 @@ import optax
 from optloss.messages import check_axis_name, check_number
 from optloss.norms import global_norm, leaf_norms
 from optloss.summaries import (
-    CLIP_FACTOR,
-    CLIPPED_GRADIENT_NORM,
-    CLIPPED_SHARE,
-    GRADIENT_NORM,
+    clip_measurements,
 )
 from optloss.trees import (
     increment,
@@ -72,12 +69,7 @@ class AdaGCState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {
-            GRADIENT_NORM: self.norm,
-            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
-            CLIP_FACTOR: self.factor,
-            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
-        }
+        return clip_measurements(self)
 
 
 def adagc(

@@ -46,11 +46,8 @@ from optloss.summaries import (
     ADAPTIVE_MAX_NORM,
     ADAPTIVE_MEAN,
     ADAPTIVE_SQ_MEAN,
-    CLIP_FACTOR,
     CLIP_THRESHOLD,
-    CLIPPED_GRADIENT_NORM,
-    CLIPPED_SHARE,
-    GRADIENT_NORM,
+    clip_measurements,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import AxisName, PyTree
@@ -81,10 +78,7 @@ class AdaptiveClippingState(NamedTuple):
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
         return {
-            GRADIENT_NORM: self.norm,
-            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
-            CLIP_FACTOR: self.factor,
-            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
+            **clip_measurements(self),
             ADAPTIVE_MAX_NORM: self.max_norm,
             ADAPTIVE_MEAN: self.mean,
             ADAPTIVE_SQ_MEAN: self.sq_mean,

@@ -38,10 +38,7 @@ from optloss.messages import argument_error, check_axis_name, check_number, refu
 from optloss.names import first_match, is_pattern_list, leaf_names
 from optloss.norms import global_norm
 from optloss.summaries import (
-    CLIP_FACTOR,
-    CLIPPED_GRADIENT_NORM,
-    CLIPPED_SHARE,
-    GRADIENT_NORM,
+    clip_measurements,
 )
 from optloss.trees import (
     accumulator_dtype,
@@ -72,12 +69,7 @@ class AGCState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {
-            GRADIENT_NORM: self.norm,
-            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
-            CLIP_FACTOR: self.factor,
-            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
-        }
+        return clip_measurements(self)
 
 
 def agc(

@@ -20,10 +20,7 @@ from optloss.messages import (
 )
 from optloss.norms import global_norm
 from optloss.summaries import (
-    CLIP_FACTOR,
-    CLIPPED_GRADIENT_NORM,
-    CLIPPED_SHARE,
-    GRADIENT_NORM,
+    clip_measurements,
 )
 from optloss.trees import increment, is_inexact, norm_dtype, scale_leaves
 from optloss.typing import AxisName, Pairs, PyTree, Scalar, Schedule
@@ -44,12 +41,7 @@ class ClipState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {
-            GRADIENT_NORM: self.norm,
-            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
-            CLIP_FACTOR: self.factor,
-            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
-        }
+        return clip_measurements(self)
 
 
 def clip_by_global_norm(

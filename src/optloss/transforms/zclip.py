@@ -43,11 +43,8 @@ import optax
 from optloss.messages import check_axis_name, check_choice, check_number
 from optloss.norms import global_norm
 from optloss.summaries import (
-    CLIP_FACTOR,
     CLIP_THRESHOLD,
-    CLIPPED_GRADIENT_NORM,
-    CLIPPED_SHARE,
-    GRADIENT_NORM,
+    clip_measurements,
 )
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import AxisName, PyTree, Scalar
@@ -75,10 +72,7 @@ class ZClipState(NamedTuple):
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
         return {
-            GRADIENT_NORM: self.norm,
-            CLIPPED_GRADIENT_NORM: self.norm * self.factor,
-            CLIP_FACTOR: self.factor,
-            CLIPPED_SHARE: self.clipped / jnp.maximum(self.step, 1),
+            **clip_measurements(self),
             CLIP_THRESHOLD: self.max_norm,
         }
 
