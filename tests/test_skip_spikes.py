@@ -308,3 +308,95 @@ def test_wrong_numbers(options, words):
     assert words in str(raised.value)
     with pytest.raises(ValueError, match=r"skip_spikes\(inner=.*transformation"):
         skip_spikes(optax.sgd)
+
+
+@jax.jit
+def judged(norms, losses):
+    """Return the guard's state after updates with these norms and losses."""
+    tx = skip_spikes(optax.scale(1.0))
+
+    def step(state, seen):
+        norm, loss = seen
+        _, state = tx.update(jnp.full(1, norm), state, value=loss)
+        return state, None
+
+    return jax.lax.scan(step, tx.init(jnp.zeros(1)), (norms, losses))[0]
+
+
+def random(deviation, steps=6000, seed=0):
+    drawn = np.random.default_rng(seed).normal(size=steps)
+    return np.exp(deviation * drawn).astype(np.float32)
+
+
+def steady(value, steps=1000):
+    return np.full(steps, value, np.float32)
+
+
+FALLING = np.linspace(5, 1, 1000, dtype=np.float32)
+HARMLESS = {
+    "wild norms": (random(1.0), random(0.1, seed=1)),
+    "a constant loss": (steady(1.0), steady(3.0)),
+    "a loss of zero": (steady(1.0), steady(0.0)),
+    "a loss below zero": (steady(1e-30), steady(-3.0)),
+    "a huge loss": (steady(1e30), steady(1e30)),
+    "a loss that ends its descent": (
+        steady(1.0, 1300), np.append(FALLING, steady(1.001 * FALLING[-1], 300)),
+    ),
+    "a rise by 0.1 % on the way": (
+        steady(1.0, 1001), np.insert(FALLING, 500, 1.001 * FALLING[499]),
+    ),
+    "a fall to a hundredth": (
+        random(0.3, 2000), random(0.1, 2000) * np.geomspace(1, 0.01, 2000, dtype="f"),
+    ),
+    "a fall to a hundredth at once": (
+        random(0.3, 2000), random(0.1, 2000) * np.repeat(np.float32([1, 0.01]), 1000),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_is_no_spike_is_not_skipped(case):
+    assert judged(*HARMLESS[case]).total == 0
+
+
+@pytest.mark.parametrize("what", ["norm", "loss"])
+def test_of_a_new_level_no_more_than_patience_is_skipped(what):
+    level = random(0.1, 2000) * np.repeat(np.float32([1, 10]), 1000)
+    seen = {"norm": random(0.1, 2000), "loss": random(0.1, 2000), what: level}
+    state = judged(seen["norm"], seen["loss"])
+    assert 1 <= state.total <= 20
+    assert state.consecutive == 0
+
+
+def test_corrupted_batches_leave_no_trace():
+    """The run ends, bit for bit, as the one that never saw them."""
+
+    def loss(params, x, y):
+        return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
+
+    op = optloss.optimize_loss(
+        loss, 0, 0.01, "adam", clip_gradients=optloss.zclip(), skip_spikes=True
+    )
+    drawn = np.random.default_rng(5)
+    params = {
+        "a": drawn.normal(size=(4, 8)).astype("f"),
+        "b": drawn.normal(size=(8, 1)).astype("f") / 3,
+    }
+    x = drawn.normal(size=(300, 16, 4)).astype("f")
+    y = np.sin(x.sum(-1, keepdims=True))
+    corrupt = np.sort(drawn.choice(np.arange(120, 300), 10, replace=False))
+    bad_y = y.copy()
+    bad_y[corrupt] = 1e3 * drawn.normal(size=(10, 16, 1))
+
+    @jax.jit
+    def run(x, y):
+        def step(state, batch):
+            return op.update(state, *batch)[0], None
+
+        return jax.lax.scan(step, op.init(params), (x, y))[0]
+
+    seen = run(x, bad_y)
+    never = run(np.delete(x, corrupt, 0), np.delete(y, corrupt, 0))
+    assert seen.opt_state.spikes == seen.opt_state.total == 10
+    assert bits(seen.params) == bits(never.params)
+    assert bits(seen.opt_state.inner) == bits(never.opt_state.inner)
