@@ -292,8 +292,9 @@ class Graphs:
             raise refusal(
                 "op",
                 f"the model has other variables than when the op was made{which}. Make "
-                "another op, and go on from what fits: "
-                "other.restore(other.train_op.adopt(op.state)).",
+                "another op. To keep the state of the optimizer as far as it fits: "
+                "old = op.state._replace(model_state=other.state.model_state); "
+                "other.restore(other.train_op.adopt(old, other.state.params)).",
             )
         return known
 
