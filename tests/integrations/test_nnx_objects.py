@@ -462,9 +462,9 @@ def assert_refused(call, message):
 
 def test_another_set_of_variables_is_refused():
     cure = (
-        "Make another op. To keep the state of the optimizer as far as it fits: "
-        "old = op.state._replace(model_state=other.state.model_state); "
-        "other.restore(other.train_op.adopt(old, other.state.params))."
+        "Make another op. To keep what fits of the optimizer's state: opt_state, *_ = "
+        "optloss.carry_over(op.state.opt_state, other.state.opt_state); other.restore("
+        "other.state._replace(step=op.state.step, opt_state=opt_state))."
     )
     begins = "op: the model has other variables than when the op was made"
     model = Net()
@@ -480,8 +480,8 @@ def test_another_set_of_variables_is_refused():
     assert_refused(lambda: op(X, Y), f"{begins}. {cure}")
     model.norm = nnx.BatchNorm(8, use_scale=False, rngs=nnx.Rngs(0))
     other = optimize_loss(model, loss, **BASE)
-    old = op.state._replace(model_state=other.state.model_state)
-    other.restore(other.train_op.adopt(old, other.state.params))
+    opt_state, *_ = optloss.carry_over(op.state.opt_state, other.state.opt_state)
+    other.restore(other.state._replace(step=op.state.step, opt_state=opt_state))
     other(X, Y)
     assert other.state.step == 3
 
@@ -492,8 +492,9 @@ def test_a_variable_that_the_loss_adds_is_refused():
         return jnp.mean(model(x) ** 2)
 
     message = (
-        "optimize_loss: the loss adds variables, 'seen'. Make them before the op is "
-        "made, or return what is only looked at as aux."
+        "optimize_loss: the loss adds variables, 'seen'. At its end the model has those "
+        "that it had before: make a new one before the op is made, and take away what "
+        "was sown: nnx.pop(model, nnx.Intermediate)."
     )
     op = optimize_loss(linear(), adding, **BASE)
     assert_refused(lambda: op(X), message)

@@ -146,8 +146,9 @@ class Graph:
                 names = listing(name_of(path[1:]) for path in paths)
                 raise refusal(
                     CALL,
-                    f"the loss {problem} variables, {names}. Make them before the op "
-                    "is made, or return what is only looked at as aux.",
+                    f"the loss {problem} variables, {names}. At its end the model has "
+                    "those that it had before: make a new one before the op is made, "
+                    "and take away what was sown: nnx.pop(model, nnx.Intermediate).",
                 )
 
 
@@ -292,9 +293,10 @@ class Graphs:
             raise refusal(
                 "op",
                 f"the model has other variables than when the op was made{which}. Make "
-                "another op. To keep the state of the optimizer as far as it fits: "
-                "old = op.state._replace(model_state=other.state.model_state); "
-                "other.restore(other.train_op.adopt(old, other.state.params)).",
+                "another op. To keep what fits of the optimizer's state: "
+                "opt_state, *_ = optloss.carry_over(op.state.opt_state, "
+                "other.state.opt_state); other.restore(other.state._replace("
+                "step=op.state.step, opt_state=opt_state)).",
             )
         return known
 
