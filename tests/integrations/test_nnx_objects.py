@@ -114,6 +114,23 @@ def test_two_modes_are_two_compilations():
     assert traces == [False, True]
 
 
+def test_a_model_is_not_taken_apart_for_a_mode_that_was_seen(monkeypatch):
+    """It takes longer than many a step."""
+    model, rngs = Net(), nnx.Rngs(0)
+    op = optimize_loss(
+        model, lambda model, x, y, rngs: loss(model, x, y) * rngs.uniform(), **BASE
+    )
+    modes = [model.eval, model.train]
+    for change in modes:
+        change()
+        op(X, Y, rngs)
+    monkeypatch.setattr(nnx, "flatten", None)
+    for change in modes:
+        change()
+        op(X, Y, rngs)
+    assert rngs.default.count[...] == 4
+
+
 def test_a_flag_inside_a_list_or_dict_counts():
     """A model that holds a container which cannot be watched is read at each call."""
 
@@ -340,6 +357,42 @@ def test_slices_hand_an_object_on():
     np.testing.assert_allclose(metric.compute(), output.loss, rtol=1e-6)
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"value_and_grad": optloss.clip_per_example(1.0)}, 3),
+        ({"value_and_grad": optloss.accumulate_gradients(2, in_axes=(0, 0, None))}, 6),
+        ({"optimizer": lambda: optax.lbfgs(), "learning_rate": None}, 3),
+        ({"optimizer": {"bias": "sgd", "**": "adam"}, "clip_gradients": 1.0}, 3),
+        ({"loss_scale": optloss.dynamic_loss_scale()}, 3),
+        ({"skip_spikes": True, "pack_small_leaves": 9, "moving_average": 0.9}, 3),
+        ({"donate": False, "gradient_noise_scale": 0.1}, 3),
+    ],
+)
+def test_objects_go_with_every_option(options, count):
+    model, rngs = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), nnx.Rngs(0)
+
+    def scaled(model, x, y, rngs):
+        return jnp.mean((model(x)[..., 0] - y) ** 2) + 0.0 * rngs.uniform()
+
+    op = optimize_loss(model, scaled, **BASE | options)
+    losses = [op(X, Y, rngs).loss for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert rngs.default.count[...] == count
+
+
+def test_a_loss_may_be_given_the_step_and_the_parameters():
+    def decayed(model, x, y, step, params):
+        assert params["kernel"].shape == model.kernel.shape
+        return jnp.mean((model(x)[..., 0] - y) ** 2) / (1 + step)
+
+    op = optimize_loss(linear(), decayed, **BASE)
+    losses = [op(X, Y, op.state.step, op.state.params).loss for _ in range(3)]
+    assert op.state.step == 3
+    assert losses[1] < 0.5 * losses[0]
+
+
 def test_a_skipped_step_leaves_the_objects():
     rngs = nnx.Rngs(0)
 
@@ -492,9 +545,9 @@ def test_a_variable_that_the_loss_adds_is_refused():
         return jnp.mean(model(x) ** 2)
 
     message = (
-        "optimize_loss: the loss adds variables, 'seen'. At its end the model has those "
-        "that it had before: make a new one before the op is made, and take away what "
-        "was sown: nnx.pop(model, nnx.Intermediate)."
+        "optimize_loss: the loss adds variables, 'seen'. At its end the model has "
+        "those that it had before: make a new one before the op is made, and take away "
+        "what was sown: nnx.pop(model, nnx.Intermediate)."
     )
     op = optimize_loss(linear(), adding, **BASE)
     assert_refused(lambda: op(X), message)
@@ -509,6 +562,17 @@ def test_a_tree_of_another_structure_is_refused():
         "op was made. Write a tree of the same one, or make another op."
     )
     assert_refused(lambda: op(X, Y), message)
+
+
+def test_a_call_inside_a_traced_function_is_refused_and_leaves_the_op():
+    op = optimize_loss(linear(), loss, **BASE)
+    message = (
+        "op: it was called inside a function that JAX traces, where it cannot write to "
+        "its model. Call it outside, or use the pure "
+        "op.train_op.update(state, ...) there, and op.restore(state) after it."
+    )
+    assert_refused(lambda: jax.jit(lambda x: op(x, Y).loss)(X), message)
+    assert jnp.isfinite(op(X, Y).loss)
 
 
 def test_the_pure_update_takes_no_objects():

@@ -45,6 +45,7 @@ from optloss.typing import (
 
 try:
     from flax import nnx
+    from flax.errors import TraceContextError
     from flax.nnx.filterlib import Filter, to_predicate
 
     from optloss.integrations.nnx_graphs import (
@@ -200,9 +201,11 @@ class ModelTrainOp:
         """Make one step with ``loss(model, *args, **kwargs)``.
 
         Raises:
-            ValueError: If the model has other variables than when the op was made, or
-                the loss changes an nnx object that is not among the arguments.
+            ValueError: If the model has other variables than when the op was made, the
+                loss changes an nnx object that is not among the arguments, or the op is
+                called inside a function that JAX traces.
         """
+        self._check_writable()
         (args, kwargs), objects = without_objects((args, kwargs))
         found = self._graphs.find(objects)
         state = self.state
@@ -267,6 +270,18 @@ class ModelTrainOp:
     def __repr__(self) -> str:
         """Return the pipeline in order, on one line."""
         return f"{self._model}: {self.train_op!r}"
+
+    def _check_writable(self) -> None:
+        slot = self._slots[0]
+        try:
+            slot.set_raw_value(slot.get_raw_value())
+        except TraceContextError as error:
+            raise refusal(
+                "op",
+                "it was called inside a function that JAX traces, where it cannot write "
+                "to its model. Call it outside, or use the pure "
+                "op.train_op.update(state, ...) there, and op.restore(state) after it.",
+            ) from error
 
     def _read(self) -> list[PyTree]:
         return [slot.get_raw_value() for slot in self._slots]
