@@ -278,8 +278,8 @@ class ModelTrainOp:
         except TraceContextError as error:
             raise refusal(
                 "op",
-                "it was called inside a function that JAX traces, where it cannot write "
-                "to its model. Call it outside, or use the pure "
+                "it was called inside a function that JAX traces, where it cannot "
+                "write to its model. Call it outside, or use the pure "
                 "op.train_op.update(state, ...) there, and op.restore(state) after it.",
             ) from error
 
