@@ -9,12 +9,11 @@ arguments of a step.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 
 from optloss.averages import Decay
-from optloss.loss import Outcome
 from optloss.loss_scale import LossScale
 from optloss.mesh import AxisName
 from optloss.messages import (
@@ -25,7 +24,7 @@ from optloss.messages import (
     short_text,
 )
 from optloss.optimize import optimize_loss as optimize_pure_loss
-from optloss.train_op import Moved, Step, StepOutput, TrainOp, TrainOpState
+from optloss.train_op import StepOutput, TrainOp, TrainOpState
 from optloss.trees import own_copy
 from optloss.typing import (
     Clip,
@@ -36,7 +35,6 @@ from optloss.typing import (
     Optimizer,
     Params,
     PyTree,
-    Scalar,
     Summaries,
     UpdateOp,
     ValueAndGrad,
@@ -49,115 +47,18 @@ try:
     from flax.nnx.filterlib import Filter, to_predicate
 
     from optloss.integrations.nnx_graphs import (
-        Carried,
-        Given,
-        Graph,
         Graphs,
         Path,
         Slot,
-        is_object,
         is_slot,
         taken_apart,
         without_objects,
     )
+    from optloss.integrations.nnx_step import Given, ModelLoss, PureTrainOp
 except ImportError as error:
     raise ImportError(
         "optloss.integrations.nnx needs flax. Install it: pip install 'optloss[flax]'"
     ) from error
-
-ModelLoss: TypeAlias = Callable[..., Scalar | tuple[Scalar, PyTree]]
-"""``loss(model, *args, **kwargs) -> loss or (loss, aux)``."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PureTrainOp(TrainOp):
-    """The training op of a loss of a model, over trees of arrays."""
-
-    graphs: Graphs = dataclasses.field(kw_only=True)
-    structure: Any = dataclasses.field(kw_only=True)
-
-    def _step(
-        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
-    ) -> Step:
-        if args and isinstance(args[0], Given):
-            given, *args = args
-            return self._step_of(given, state, args, kwargs, shardings)
-        if any(map(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_object))):
-            problem = "takes no nnx objects, whose changes it cannot keep. Call the op."
-            raise refusal("op.train_op", problem)
-        given = Given(self.graphs.find([]).graph, [])
-        new_state, output = self._step_of(given, state, args, kwargs, shardings)
-        return new_state, output._replace(aux=output.aux[0])
-
-    def _step_of(
-        self,
-        given: Given,
-        state: TrainOpState,
-        args: Any,
-        kwargs: Any,
-        shardings: Any,
-    ) -> Step:
-        """Make a step whose aux is the loss's and the changed values of objects."""
-        loss = PureLoss(self.loss, given.graph, self.structure)
-        op = dataclasses.replace(self, loss=loss)
-        carried = Carried(state.model_state, given.values)
-        state = state._replace(model_state=carried)
-        state, output = super(PureTrainOp, op)._step(state, args, kwargs, shardings)
-        variables, objects = state.model_state
-        changed = loss.only_changed(objects)
-        output = output._replace(aux=(output.aux, changed))
-        return state._replace(model_state=variables), output
-
-    def _moved(
-        self,
-        state: TrainOpState,
-        outcome: Outcome,
-        trained: PyTree,
-        selected: list[bool],
-    ) -> Moved:
-        carried = outcome.model_state
-        if not isinstance(carried, Carried):
-            return super()._moved(state, outcome, trained, selected)
-        outcome = outcome._replace(model_state=carried.variables)
-        moved = super()._moved(state, outcome, trained, selected)
-        carried = carried._replace(variables=moved.model_state)
-        return moved._replace(model_state=carried)
-
-
-class PureLoss:
-    """The loss of a model as a function of trees of arrays."""
-
-    def __init__(self, loss: ModelLoss, graph: Graph, structure: Any) -> None:
-        self._loss = loss
-        self._graph = graph
-        self._structure = structure
-        self._changed: set[int] = set()  # places among the objects' values
-
-    def __call__(
-        self, params: PyTree, carried: Carried, *args: PyTree, **kwargs: PyTree
-    ) -> PyTree:
-        """Return the loss, what it carries on, and its aux if it has one."""
-        own = self._structure.flatten_up_to((params, carried.variables))
-        values = [*own, *carried.objects]
-        result, after = self._graph.call(self._loss, values, (args, kwargs))
-        parts = result if type(result) is tuple else (result,)
-        if not 1 <= len(parts) <= 2:
-            raise refusal(
-                "optimize_loss",
-                f"the loss returned {len(parts)} results. With an nnx model it returns "
-                "loss or (loss, aux); what it changes in the model is kept.",
-            )
-        _, variables = jax.tree.unflatten(self._structure, after[: len(own)])
-        objects = after[len(own) :]
-        for place, pair in enumerate(zip(objects, carried.objects, strict=True)):
-            leaves = zip(*map(jax.tree.leaves, pair), strict=False)
-            if any(new is not old for new, old in leaves):
-                self._changed.add(place)
-        return parts[0], Carried(variables, objects), *parts[1:]
-
-    def only_changed(self, values: list[PyTree]) -> list[PyTree]:
-        """Return ``values`` of the objects with ``None`` for what no loss changed."""
-        return [v if i in self._changed else None for i, v in enumerate(values)]
 
 
 class ModelTrainOp:

@@ -152,20 +152,6 @@ class Graph:
                 )
 
 
-class Given(NamedTuple):
-    """What a compiled step is given beside its arrays."""
-
-    graph: Graph  # static
-    values: list[PyTree]  # of the objects
-
-
-class Carried(NamedTuple):
-    """What the loss carries through a step: values that are no parameters."""
-
-    variables: PyTree  # of the model, a dict
-    objects: list[PyTree]
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Place:
