@@ -278,7 +278,9 @@ def optimize_loss(
 
     Note:
         The arrays in the model are donated to the next step: copy what is to outlive
-        it, or pass ``donate=False``. Arrays of other arguments are not donated.
+        it, or pass ``donate=False``. ``nnx.clone(model)`` shares them; a clone that is
+        an argument of the next step is given arrays of its own. Arguments are not
+        donated.
 
     Example:
         >>> import jax.numpy as jnp
