@@ -11,6 +11,7 @@ from typing import Any, assert_type
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import optloss
 import optloss.typing as types
@@ -121,12 +122,63 @@ def linen(state: TrainState, grads: Any, value: jax.Array) -> TrainState:
     return state
 
 
-def nnx(model: Any, x: jax.Array) -> jax.Array:
+class KeyedState(TrainState):
+    """Fields of a user's own, one of them required."""
+
+    key: jax.Array
+    dynamic_scale: Any = None
+
+
+def keyed(tx: optax.GradientTransformation, grads: Any) -> KeyedState:
+    key = jax.random.key(0)
+    state = KeyedState(0, loss, grads, tx, tx.init(grads), key, batch_stats={})
+    assert_type(state.key, jax.Array)
+    assert_type(state.apply_gradients(grads=grads, key=key), KeyedState)
+    return state.replace(key=key)
+
+
+def model_loss(model: nnx.Linear, x: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+    return jnp.mean(model(x + rngs.normal(x.shape)))
+
+
+def model_loss_with_aux(
+    model: nnx.Linear, x: jax.Array, metric: nnx.Metric
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    metric.update(values=x)
+    return jnp.mean(model(x)), {"x": x}
+
+
+def nnx_ops(model: nnx.Linear, anything: Any, x: jax.Array) -> jax.Array:
     op = optimize_model(
-        model, lambda model, x: jnp.mean(model(x)), 0, 0.1, "adam", clip_gradients=1.0
+        anything, lambda model, x: jnp.mean(model(x)), 0, 0.1, "adam", None, None, 1.0
     )
     assert_type(op, ModelTrainOp)
     op.restore(op.state)
+    assert_type(op.state, optloss.TrainOpState)
+    assert_type(op(x), optloss.StepOutput)
+    assert_type(op.describe(), str)
+    assert_type(op.train_op.tx, optax.GradientTransformationExtraArgs)
+    op = optimize_model(
+        model,
+        model_loss,
+        global_step=0,
+        learning_rate={"**": 0.1},
+        optimizer={"**": "adam"},
+        gradient_noise_scale=schedules,
+        clip_gradients=optloss.zclip(),
+        variables=["kernel", re.compile("b.*")],
+        summaries=["loss"],
+        skip_nonfinite=True,
+        value_and_grad=optloss.accumulate_gradients(2),
+        loss_scale=optloss.dynamic_loss_scale(),
+        moving_average=0.99,
+        wrt=nnx.All(nnx.Param, nnx.PathContains("kernel")),
+    )
+    op(x, nnx.Rngs(0))
+    op = optimize_model(
+        model, model_loss_with_aux, 0, 0.1, optax.adam, wrt=(nnx.Param, nnx.BatchStat)
+    )
+    op((x, x), metric=nnx.metrics.Average(), teacher={"first": nnx.clone(model)})
     found: jax.Array = op(x).loss
     return found
 

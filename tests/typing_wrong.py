@@ -11,6 +11,8 @@ import optax
 
 import optloss
 from optloss import make_optimizer, optimize_loss
+from optloss.integrations.linen import TrainState
+from optloss.integrations.nnx import ModelTrainOp
 from optloss.integrations.nnx import optimize_loss as optimize_model
 from optloss.integrations.tensorboard import SummaryWriter
 
@@ -162,7 +164,31 @@ def the_registry() -> None:
     optloss.register_optimizer("mine", 3)  # wrong
 
 
-def the_integrations(model: Any) -> None:
+def the_nnx_op(model: Any, op: ModelTrainOp) -> None:
     optimize_model("model", loss, 0, 0.1, "adam")  # wrong
+    optimize_model(loss, 0, 0.1, "adam")  # wrong
+    optimize_model(model, None, 0, 0.1, "adam")  # wrong
+    optimize_model(model, text_loss, 0, 0.1, "adam")  # wrong
+    optimize_model(model, three_auxes, 0, 0.1, "adam")  # wrong
+    optimize_model(model, loss, 0, 0.1)  # wrong
+    optimize_model(model, loss, 0.5, 0.1, "adam")  # wrong
     optimize_model(model, loss, 0, "0.1", "adam")  # wrong
     optimize_model(model, loss, 0, 0.1, 3)  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", "0.1")  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", clip_norm=1.0)  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", clip_gradients="1")  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", update_ops=keep)  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", donate=None)  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", value_and_grad=loss)  # wrong
+    optimize_model(model, loss, 0, 0.1, "adam", wrt=3)  # wrong
+    op.restore()  # wrong
+    op.restore(op)  # wrong
+    op.describe("params")  # wrong
+    _state, _output = op(1.0).loss, op(1.0).losses  # wrong
+
+
+def the_linen_state(state: TrainState, grads: Params) -> None:
+    state.apply_gradients(grads)  # wrong
+    state.apply_gradients(grads=grads, extra=0.5)  # wrong
+    TrainState(0, loss, grads, optax.sgd(0.1), (), {})  # wrong
+    TrainState(0, loss, grads)  # wrong

@@ -1,6 +1,8 @@
+import functools
 import importlib
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import serialization
 from flax.training import train_state
+from flax.training.dynamic_scale import DynamicScale
 
 import optloss
 from optloss.integrations.linen import TrainState
@@ -28,13 +31,14 @@ X = jax.random.normal(jax.random.key(0), (32, 3))
 Y = X @ jnp.array([1.0, -2.0, 0.5])
 
 
-def create(tx, cls=TrainState):
+def create(tx, cls=TrainState, **fields):
     variables = NET.init(jax.random.key(1), X)
     return cls.create(
         apply_fn=NET.apply,
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         tx=tx,
+        **fields,
     )
 
 
@@ -94,6 +98,61 @@ def test_it_is_flax_s_own_otherwise():
     same((ours.params, ours.opt_state), (own.params, own.opt_state))
     assert ours.batch_stats == own.batch_stats == {"moved": 2.0}
     assert ours.step == own.step == 3
+
+
+def test_a_subclass_may_require_fields():
+    class Keyed(TrainState):
+        key: jax.Array
+
+    made = create(optax.sgd(0.1), Keyed, key=jnp.ones(2))
+    moved = made.apply_gradients(grads=made.params, key=jnp.zeros(2))
+    assert moved.key.tolist() == [0.0, 0.0]
+    same(moved.batch_stats, made.batch_stats)
+    plain = Keyed(0, NET.apply, made.params, made.tx, made.opt_state, jnp.ones(2))
+    assert plain.batch_stats is None
+    with pytest.raises(TypeError, match=r"missing 1 required .*: 'key'"):
+        create(optax.sgd(0.1), Keyed)
+
+
+def test_it_takes_the_place_of_flax_s_class_in_a_loop_with_a_dynamic_scale():
+    """As in Flax's ImageNet example: both fields declared, without a default."""
+
+    class Scaled(TrainState):
+        batch_stats: Any
+        dynamic_scale: DynamicScale
+
+    @jax.jit
+    def train_step(state, x, y):
+        loss = functools.partial(loss_and_stats, batch_stats=state.batch_stats)
+        scaled = state.dynamic_scale.value_and_grad(
+            lambda params: loss(params, x=x, y=y), has_aux=True
+        )
+        scale, finite, (_, batch_stats), grads = scaled(state.params)
+        moved = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+
+        def kept(new, old):
+            return jax.tree.map(functools.partial(jnp.where, finite), new, old)
+
+        return moved.replace(
+            params=kept(moved.params, state.params),
+            opt_state=kept(moved.opt_state, state.opt_state),
+            dynamic_scale=scale,
+        )
+
+    tx = optax.sgd(0.1, momentum=0.9)
+    start = DynamicScale(growth_interval=1, scale=jnp.float32(2.0**127))
+    state = create(tx, Scaled, dynamic_scale=start)
+    first = state.params
+    state = train_step(state, X, 1e6 * Y)
+    same(state.params, first)
+    assert state.dynamic_scale.scale == 2.0**126
+    state = train_step(state.replace(dynamic_scale=DynamicScale()), X, Y)
+    assert not np.array_equal(state.params["Dense_1"]["bias"], jnp.zeros(1))
+    assert state.step == 2
+    restored = serialization.from_bytes(state, serialization.to_bytes(state))
+    same(restored, state)
+    with pytest.raises(TypeError, match=r"missing 1 required .*: 'batch_stats'"):
+        Scaled.create(apply_fn=None, params=first, tx=tx, dynamic_scale=start)
 
 
 @pytest.mark.wide

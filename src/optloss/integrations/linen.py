@@ -16,6 +16,7 @@ from optloss.messages import argument_error, quoted
 from optloss.typing import PyTree
 
 try:
+    from flax import struct
     from flax.training import train_state
 except ImportError as error:
     raise ImportError(
@@ -27,8 +28,8 @@ class TrainState(train_state.TrainState):
     """Flax's ``TrainState`` with ``batch_stats``, whose optimizer may see the loss.
 
     Everything else is Flax's: ``create``, ``replace``, ``apply_fn``, subclassing for
-    more fields. With :func:`optloss.make_optimizer` as its ``tx`` a linen loop has the
-    whole chain.
+    more fields, with or without a default. With :func:`optloss.make_optimizer` as its
+    ``tx`` a linen loop has the whole chain.
 
     Args:
         step: How many times gradients were applied; ``create`` starts it at 0.
@@ -36,7 +37,8 @@ class TrainState(train_state.TrainState):
         params: The parameters.
         tx: An optax transformation.
         opt_state: Its state.
-        batch_stats: The collection that ``nn.BatchNorm`` keeps, or ``None``.
+        batch_stats: The collection that ``nn.BatchNorm`` keeps, or ``None``; by keyword
+            only.
 
     Example:
         >>> import jax, jax.numpy as jnp, optloss
@@ -55,11 +57,26 @@ class TrainState(train_state.TrainState):
         >>> print(state.step, f"{value:.2f}")
         100 0.00
 
+        A subclass with more fields:
+
+        >>> class KeyedState(TrainState):
+        ...     key: jax.Array
+        >>> keyed = KeyedState.create(
+        ...     apply_fn=state.apply_fn,
+        ...     params=state.params,
+        ...     tx=state.tx,
+        ...     key=jax.random.key(0),
+        ... )
+        >>> keyed.apply_gradients(grads=grads, extra={"value": value}).step
+        1
+
     See also:
         :func:`optloss.get_summaries`, which reads what the chain measured from it.
     """
 
-    batch_stats: PyTree = None
+    # By keyword and with a factory, so that a subclass may add fields without a
+    # default, and declare this one anew without one.
+    batch_stats: PyTree = struct.field(default_factory=type(None), kw_only=True)
 
     def apply_gradients(
         self,

@@ -1,16 +1,21 @@
 """``optimize_loss`` for Flax nnx: a training op that updates its model in place.
 
-A model is taken apart once. The variables that ``wrt`` selects are the parameters;
-everything else it holds, statistics of BatchNorm, random streams, counters, is the
-``model_state`` that the loss carries from step to step. The compiled step works on
-these two trees of arrays, and what it returns is written back to the variables.
+The variables that ``wrt`` selects are the parameters; everything else the model holds,
+statistics of BatchNorm, random streams, counters, is the ``model_state`` that the loss
+carries from step to step. The compiled step works on these two trees of arrays, and
+what it returns is written back to the variables. So it is with nnx objects among the
+arguments of a step.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from optloss.averages import Decay
+from optloss.loss_scale import LossScale
+from optloss.mesh import AxisName
 from optloss.messages import (
     argument_error,
     check_callable,
@@ -21,17 +26,39 @@ from optloss.messages import (
 from optloss.optimize import optimize_loss as optimize_pure_loss
 from optloss.train_op import StepOutput, TrainOp, TrainOpState
 from optloss.trees import own_copy
-from optloss.typing import LearningRate, Optimizer, PyTree, Scalar
+from optloss.typing import (
+    Clip,
+    DecayFn,
+    LearningRate,
+    Multipliers,
+    NoiseScale,
+    Optimizer,
+    Params,
+    PyTree,
+    Summaries,
+    UpdateOp,
+    ValueAndGrad,
+    Variables,
+)
 
 try:
     from flax import nnx
-    from flax.nnx.filterlib import Filter
+    from flax.errors import TraceContextError
+    from flax.nnx.filterlib import Filter, to_predicate
+
+    from optloss.integrations.nnx_graphs import (
+        Graphs,
+        Path,
+        Slot,
+        is_slot,
+        taken_apart,
+        without_objects,
+    )
+    from optloss.integrations.nnx_step import Given, ModelLoss, PureTrainOp
 except ImportError as error:
     raise ImportError(
         "optloss.integrations.nnx needs flax. Install it: pip install 'optloss[flax]'"
     ) from error
-
-Graph = nnx.GraphDef[nnx.Module]
 
 
 class ModelTrainOp:
@@ -39,40 +66,78 @@ class ModelTrainOp:
 
     ``output = op(*args)`` makes a step and leaves the model trained by it. The model's
     variables are where the parameters are: what is written to them between two steps,
-    pretrained weights for instance, is what the next step starts from. Its structure
-    and its flags, such as those of ``model.train()``, are those it had when the op was
-    made.
+    pretrained weights for instance, is what the next step starts from. Its flags are
+    read at each call: after ``model.eval()`` the loss sees a model in evaluation mode,
+    after ``model.train()`` one in training mode. Each combination of flags is compiled
+    once.
+
+    Other nnx objects may be arguments, alone or in containers: an ``nnx.Rngs``, an
+    ``nnx.Metric``, another model. What the loss changes in them is kept. They are not
+    differentiated, but for variables that the model shares.
 
     Attributes:
         train_op: The :class:`~optloss.TrainOp` underneath, for its ``tx``, and its pure
-            ``update`` over trees of arrays.
+            ``update`` over trees of arrays, which takes no nnx objects.
     """
 
     train_op: TrainOp
 
     def __init__(
-        self, model: nnx.Module, train_op: TrainOp, slots: tuple[PyTree, PyTree]
+        self,
+        model: nnx.Module,
+        train_op: TrainOp,
+        graphs: Graphs,
+        slots: Sequence[Slot],
+        structure: Any,
     ) -> None:
         self.train_op = train_op
-        self._variables = jax.tree.leaves(slots, is_leaf=_is_variable)
-        self._state = train_op.init(*jax.tree.map(_read, slots, is_leaf=_is_variable))
         self._model = short_repr(type(model))
+        self._graphs = graphs
+        self._slots = slots
+        self._structure = structure
+        self._state = train_op.init(*jax.tree.unflatten(structure, self._read()))
         self._write()
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> StepOutput:
-        """Make one step with ``loss(model, *args, **kwargs)``."""
-        self._state, output = self.train_op(self.state, *args, **kwargs)
+        """Make one step with ``loss(model, *args, **kwargs)``.
+
+        Raises:
+            ValueError: If the model has other variables than when the op was made, the
+                loss changes an nnx object that is not among the arguments, or the op is
+                called inside a function that JAX traces.
+        """
+        self._check_writable()
+        (args, kwargs), objects = without_objects((args, kwargs))
+        found = self._graphs.find(objects)
+        state = self.state
+        values = [slot.get_raw_value() for slot in found.slots]
+        if values and self.train_op.donate:
+            values = _own(found.slots, values, state)
+        given = Given(found.graph, values)
+        self._state, output = self.train_op(state, given, *args, **kwargs)
         self._write()
-        return output
+        aux, changed = output.aux
+        for slot, value in zip(found.slots, changed, strict=True):
+            if value is not None:
+                slot.set_raw_value(value)
+        return output._replace(aux=aux)
 
     @property
     def state(self) -> TrainOpState:
         """The whole run as one tree of dicts and arrays, which is what to save."""
         held, structure = jax.tree.flatten(_trees(self._state))
-        found = [_read(variable) for variable in self._variables]
-        pairs = list(zip(found, held, strict=True))
-        if any(new is not old for new, old in pairs):
+        values = jax.tree.unflatten(self._structure, self._read())
+        leaves: list[jax.Array] = jax.tree.leaves(values)
+        found: Any = jax.tree.structure(values)
+        if found != structure:
+            raise refusal(
+                "op",
+                "a variable of the model holds a tree of another structure than when "
+                "the op was made. Write a tree of the same one, or make another op.",
+            )
+        if any(new is not old for new, old in zip(leaves, held, strict=True)):
             # Somebody wrote to the model. Copied, so that donation leaves theirs alone.
+            pairs = zip(leaves, held, strict=True)
             kept = [new if new is old else own_copy(new) for new, old in pairs]
             params, model_state = jax.tree.unflatten(structure, kept)
             self._state = self._state._replace(params=params, model_state=model_state)
@@ -107,21 +172,57 @@ class ModelTrainOp:
         """Return the pipeline in order, on one line."""
         return f"{self._model}: {self.train_op!r}"
 
+    def _check_writable(self) -> None:
+        slot = self._slots[0]
+        try:
+            slot.set_raw_value(slot.get_raw_value())
+        except TraceContextError as error:
+            raise refusal(
+                "op",
+                "it was called inside a function that JAX traces, where it cannot "
+                "write to its model. Call it outside, or use the pure "
+                "op.train_op.update(state, ...) there, and op.restore(state) after it.",
+            ) from error
+
+    def _read(self) -> list[PyTree]:
+        return [slot.get_raw_value() for slot in self._slots]
+
     def _write(self) -> None:
-        leaves = jax.tree.leaves(_trees(self._state))
-        for variable, leaf in zip(self._variables, leaves, strict=True):
-            variable.set_value(leaf)
+        values = self._structure.flatten_up_to(_trees(self._state))
+        for slot, value in zip(self._slots, values, strict=True):
+            slot.set_raw_value(value)
 
 
 def optimize_loss(
     model: nnx.Module,
-    loss: Callable[..., Scalar | tuple[Scalar, PyTree]],
+    loss: ModelLoss,
     global_step: int | jax.Array | None,
     learning_rate: LearningRate,
     optimizer: Optimizer,
-    *options: Any,
+    gradient_noise_scale: NoiseScale = None,
+    gradient_multipliers: Multipliers | None = None,
+    clip_gradients: Clip = None,
+    learning_rate_decay_fn: DecayFn | None = None,
+    update_ops: Sequence[UpdateOp] | None = None,
+    variables: Variables = None,
+    name: str | None = None,
+    summaries: Summaries | None = None,
+    colocate_gradients_with_ops: bool = False,
+    increment_global_step: bool = True,
+    *,
+    learning_rate_multipliers: Multipliers | None = None,
+    histogram_every: int = 1,
+    skip_nonfinite: bool = False,
+    seed: int | jax.Array = 0,
+    pack_small_leaves: int = 0,
+    axis_name: AxisName = None,
+    donate: bool = True,
+    skip_spikes: float | None = None,
+    value_and_grad: ValueAndGrad = jax.value_and_grad,
+    loss_scale: float | LossScale | None = None,
+    projection: Callable[[Params], Params] | None = None,
+    moving_average: Decay | None = None,
     wrt: Filter = nnx.Param,
-    **keywords: Any,
 ) -> ModelTrainOp:
     """Make a complete, compiled training step of a loss of an nnx model.
 
@@ -130,18 +231,42 @@ def optimize_loss(
 
     Args:
         model: An ``nnx.Module``. Variables it shares between two places are trained as
-            one.
+            one. A variable may hold a tree of arrays.
         loss: ``loss(model, *args, **kwargs)`` returns the loss, a real floating scalar,
-            or ``(loss, aux)``. What it changes in the model, running statistics and
-            random streams, is kept.
-        global_step: As for :func:`optloss.optimize_loss`, like all that follows.
+            or ``(loss, aux)``. What it changes in the values of the model and of nnx
+            objects among the arguments is kept: running statistics, random streams,
+            metrics. A flag that it sets itself holds inside of the loss only.
+        global_step: As for :func:`optloss.optimize_loss`, like all that follows but
+            ``wrt``.
         learning_rate: As there.
         optimizer: As there.
-        *options: The arguments behind ``optimizer``, in the order they have there.
-        wrt: An nnx filter: which variables are the parameters. ``variables=`` selects
-            among them by name.
-        **keywords: The other arguments, by name. An update op works on the dict of all
-            the variables that ``wrt`` leaves.
+        gradient_noise_scale: As there.
+        gradient_multipliers: As there.
+        clip_gradients: As there.
+        learning_rate_decay_fn: As there.
+        update_ops: As there. The ``model_state`` is the nested dict of all the
+            variables that ``wrt`` leaves.
+        variables: As there: names or patterns among the parameters that ``wrt``
+            selects.
+        name: As there.
+        summaries: As there.
+        colocate_gradients_with_ops: As there.
+        increment_global_step: As there.
+        learning_rate_multipliers: As there.
+        histogram_every: As there.
+        skip_nonfinite: As there. A skipped step keeps the nnx objects among its
+            arguments as they were, too.
+        seed: As there.
+        pack_small_leaves: As there.
+        axis_name: As there.
+        donate: As there.
+        skip_spikes: As there.
+        value_and_grad: As there. nnx objects among the arguments are not split; what
+            the loss changes in them goes from slice to slice.
+        loss_scale: As there.
+        projection: As there.
+        moving_average: As there.
+        wrt: An nnx filter: which variables are the parameters.
 
     Returns:
         A :class:`ModelTrainOp`. ``op(*args)`` makes one step and returns a
@@ -153,7 +278,9 @@ def optimize_loss(
 
     Note:
         The arrays in the model are donated to the next step: copy what is to outlive
-        it, or pass ``donate=False``.
+        it, or pass ``donate=False``. ``nnx.clone(model)`` shares them; a clone that is
+        an argument of the next step is given arrays of its own. Arguments are not
+        donated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -172,75 +299,95 @@ def optimize_loss(
         >>> print(jnp.round(model(x)[:, 0]))
         [1. 2.]
 
+        A metric and a random stream as arguments, which the loss changes:
+
+        >>> def noisy_loss(model, x, y, rngs, metric):
+        ...     value = loss(model, x + 0.1 * rngs.normal(x.shape), y)
+        ...     metric.update(values=value)
+        ...     return value
+        >>> op = optimize_loss(
+        ...     model, noisy_loss, global_step=0, learning_rate=0.1, optimizer="adam"
+        ... )
+        >>> rngs, metric = nnx.Rngs(1), nnx.metrics.Average()
+        >>> losses = [op(x, y, rngs, metric).loss for _ in range(3)]
+        >>> print(rngs.default.count[...], bool(metric.compute() == sum(losses) / 3))
+        3 True
+
     See also:
         :func:`optloss.make_optimizer`, for an ``nnx.Optimizer`` in a loop of your own.
     """
-    graphdef, params, rest = _checked_split(model, wrt)
+    wanted = "a function loss(model, *args)"
+    check_callable("optimize_loss", "loss", loss, 1, wanted, more=True)
+    slots, structure = _slots(model, wrt)
     train_op = optimize_pure_loss(
-        _pure(loss, graphdef, wrt),
+        loss,
         global_step,
         learning_rate,
         optimizer,
-        *options,
-        **keywords,
+        gradient_noise_scale,
+        gradient_multipliers,
+        clip_gradients,
+        learning_rate_decay_fn,
+        update_ops,
+        variables,
+        name,
+        summaries,
+        colocate_gradients_with_ops,
+        increment_global_step,
+        learning_rate_multipliers=learning_rate_multipliers,
+        histogram_every=histogram_every,
+        skip_nonfinite=skip_nonfinite,
+        seed=seed,
+        pack_small_leaves=pack_small_leaves,
+        axis_name=axis_name,
+        donate=donate,
+        skip_spikes=skip_spikes,
+        value_and_grad=value_and_grad,
+        loss_scale=loss_scale,
+        projection=projection,
+        moving_average=moving_average,
     )
-    return ModelTrainOp(model, train_op, (_slots(params), _slots(rest)))
+    graphs = Graphs(model, slots)
+    fields = {f.name: getattr(train_op, f.name) for f in dataclasses.fields(train_op)}
+    pure = PureTrainOp(**fields, graphs=graphs, structure=structure)
+    return ModelTrainOp(model, pure, graphs, slots, structure)
 
 
-def _checked_split(model: nnx.Module, wrt: Filter) -> tuple[Graph, PyTree, PyTree]:
+def _slots(model: nnx.Module, wrt: Filter) -> tuple[list[Slot], Any]:
+    """Return where the values of the model live, and how they make two trees."""
     if not isinstance(model, nnx.Module):
         problem = "must be an nnx.Module."
         raise argument_error("optimize_loss", "model", model, problem)
+    trees: tuple[dict[int | str, Any], ...] = {}, {}
+    for (_, *path), slot in taken_apart((model,))[1].items():
+        tree = trees[not _is_selected(wrt, tuple(path), slot)]
+        for key in path[:-1]:
+            tree = tree.setdefault(key, {})
+        tree[path[-1]] = slot
+    return jax.tree.flatten(trees, is_leaf=is_slot)
+
+
+def _is_selected(wrt: Filter, path: Path, slot: Slot) -> bool:
     try:
-        return _split(model, wrt)
+        return to_predicate(wrt)(path, slot)
     except (TypeError, ValueError) as error:
         problem = f"must be an nnx filter, such as nnx.Param: {short_text(str(error))}"
         raise argument_error("optimize_loss", "wrt", wrt, problem) from error
-
-
-def _split(model: nnx.Module, wrt: Filter) -> tuple[Graph, PyTree, PyTree]:
-    parts: Any = nnx.split(model, wrt, ...)
-    graphdef, params, rest = parts
-    return graphdef, params, rest
 
 
 def _trees(state: TrainOpState) -> tuple[PyTree, PyTree]:
     return state.params, state.model_state
 
 
-def _pure(
-    loss: Callable[..., PyTree], graphdef: Graph, wrt: Filter
-) -> Callable[..., PyTree]:
-    """Return ``loss`` as a function of trees of arrays."""
-    wanted = "a function loss(model, *args)"
-    check_callable("optimize_loss", "loss", loss, 1, wanted, more=True)
-
-    def pure_loss(
-        params: PyTree, model_state: PyTree, *args: PyTree, **kwargs: PyTree
-    ) -> PyTree:
-        model = nnx.merge(graphdef, params, model_state)
-        result = loss(model, *args, **kwargs)
-        parts = result if type(result) is tuple else (result,)
-        if not 1 <= len(parts) <= 2:
-            raise refusal(
-                "optimize_loss",
-                f"the loss returned {len(parts)} results. With an nnx model it returns "
-                "loss or (loss, aux); what it changes in the model is kept.",
-            )
-        changed = nnx.to_pure_dict(_split(model, wrt)[2])
-        return parts[0], changed, *parts[1:]
-
-    return pure_loss
-
-
-def _slots(state: PyTree) -> PyTree:
-    """Return nested dicts of the variables themselves, not of their values."""
-    return nnx.to_pure_dict(state, extract_fn=lambda variable: variable)
-
-
-def _is_variable(node: object) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _read(variable: nnx.Variable[jax.Array]) -> jax.Array:
-    return variable.get_value()
+def _own(
+    slots: Sequence[Slot], values: list[PyTree], state: TrainOpState
+) -> list[PyTree]:
+    """Give objects copies of what they share with ``state``, which is donated."""
+    donated = set(map(id, jax.tree.leaves(state)))
+    kept = []
+    for slot, value in zip(slots, values, strict=True):
+        if any(id(leaf) in donated for leaf in jax.tree.leaves(value)):
+            value = jax.tree.map(own_copy, value)
+            slot.set_raw_value(value)
+        kept.append(value)
+    return kept

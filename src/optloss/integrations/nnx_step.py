@@ -1,0 +1,121 @@
+"""The step of a model's loss over trees of arrays, as a training op makes it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from optloss.integrations.nnx_graphs import Graph, Graphs, is_object
+from optloss.loss import Outcome
+from optloss.messages import refusal
+from optloss.train_op import Moved, Step, TrainOp, TrainOpState
+from optloss.typing import PyTree, Scalar
+
+ModelLoss: TypeAlias = Callable[..., Scalar | tuple[Scalar, PyTree]]
+"""``loss(model, *args, **kwargs) -> loss or (loss, aux)``."""
+
+
+class Given(NamedTuple):
+    """What a compiled step is given beside its arrays."""
+
+    graph: Graph  # static
+    values: list[PyTree]  # of the objects
+
+
+class Carried(NamedTuple):
+    """What the loss carries through a step: values that are no parameters."""
+
+    variables: PyTree  # of the model, a dict
+    objects: list[PyTree]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PureTrainOp(TrainOp):
+    """The training op of a loss of a model, over trees of arrays."""
+
+    graphs: Graphs = dataclasses.field(kw_only=True)
+    structure: Any = dataclasses.field(kw_only=True)
+
+    def _step(
+        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
+    ) -> Step:
+        if args and isinstance(args[0], Given):
+            given, *args = args
+            return self._step_of(given, state, args, kwargs, shardings)
+        if any(map(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_object))):
+            problem = "takes no nnx objects, whose changes it cannot keep. Call the op."
+            raise refusal("op.train_op", problem)
+        given = Given(self.graphs.find([]).graph, [])
+        new_state, output = self._step_of(given, state, args, kwargs, shardings)
+        return new_state, output._replace(aux=output.aux[0])
+
+    def _step_of(
+        self,
+        given: Given,
+        state: TrainOpState,
+        args: Any,
+        kwargs: Any,
+        shardings: Any,
+    ) -> Step:
+        """Make a step whose aux is the loss's and the changed values of objects."""
+        loss = PureLoss(self.loss, given.graph, self.structure)
+        op = dataclasses.replace(self, loss=loss)
+        carried = Carried(state.model_state, given.values)
+        state = state._replace(model_state=carried)
+        state, output = super(PureTrainOp, op)._step(state, args, kwargs, shardings)
+        variables, objects = state.model_state
+        changed = loss.only_changed(objects)
+        output = output._replace(aux=(output.aux, changed))
+        return state._replace(model_state=variables), output
+
+    def _moved(
+        self,
+        state: TrainOpState,
+        outcome: Outcome,
+        trained: PyTree,
+        selected: list[bool],
+    ) -> Moved:
+        carried = outcome.model_state
+        if not isinstance(carried, Carried):  # apply_gradients calls no loss
+            return super()._moved(state, outcome, trained, selected)
+        outcome = outcome._replace(model_state=carried.variables)
+        moved = super()._moved(state, outcome, trained, selected)
+        carried = carried._replace(variables=moved.model_state)
+        return moved._replace(model_state=carried)
+
+
+class PureLoss:
+    """The loss of a model as a function of trees of arrays."""
+
+    def __init__(self, loss: ModelLoss, graph: Graph, structure: Any) -> None:
+        self._loss = loss
+        self._graph = graph
+        self._structure = structure
+        self._changed: set[int] = set()  # places among the objects' values
+
+    def __call__(
+        self, params: PyTree, carried: Carried, *args: PyTree, **kwargs: PyTree
+    ) -> PyTree:
+        """Return the loss, what it carries on, and its aux if it has one."""
+        own = self._structure.flatten_up_to((params, carried.variables))
+        values = [*own, *carried.objects]
+        result, after = self._graph.call(self._loss, values, (args, kwargs))
+        parts = result if type(result) is tuple else (result,)
+        if not 1 <= len(parts) <= 2:
+            raise refusal(
+                "optimize_loss",
+                f"the loss returned {len(parts)} results. With an nnx model it returns "
+                "loss or (loss, aux); what it changes in the model is kept.",
+            )
+        _, variables = jax.tree.unflatten(self._structure, after[: len(own)])
+        objects = after[len(own) :]
+        for place, pair in enumerate(zip(objects, carried.objects, strict=True)):
+            leaves = zip(*map(jax.tree.leaves, pair), strict=False)
+            if any(new is not old for new, old in leaves):
+                self._changed.add(place)
+        return parts[0], Carried(variables, objects), *parts[1:]
+
+    def only_changed(self, values: list[PyTree]) -> list[PyTree]:
+        """Return ``values`` of the objects with ``None`` for what no loss changed."""
+        return [v if i in self._changed else None for i, v in enumerate(values)]
