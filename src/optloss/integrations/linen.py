@@ -5,6 +5,8 @@ parameters alone, so a transform that wants to see the loss, such as the guard a
 non-finite updates or ``optax.contrib.reduce_on_plateau``, cannot be used with it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -7,15 +7,15 @@ what it returns is written back to the variables. So it is with nnx objects amon
 arguments of a step.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from optloss.averages import Decay
 from optloss.loss_scale import LossScale
-from optloss.mesh import AxisName
 from optloss.messages import (
     argument_error,
     check_callable,
@@ -27,6 +27,7 @@ from optloss.optimize import optimize_loss as optimize_pure_loss
 from optloss.train_op import StepOutput, TrainOp, TrainOpState
 from optloss.trees import own_copy
 from optloss.typing import (
+    AxisName,
     Clip,
     DecayFn,
     LearningRate,
@@ -35,6 +36,7 @@ from optloss.typing import (
     Optimizer,
     Params,
     PyTree,
+    Schedule,
     Summaries,
     UpdateOp,
     ValueAndGrad,
@@ -216,12 +218,13 @@ def optimize_loss(
     seed: int | jax.Array = 0,
     pack_small_leaves: int = 0,
     axis_name: AxisName = None,
+    replica_axis_name: AxisName = None,
     donate: bool = True,
     skip_spikes: float | None = None,
     value_and_grad: ValueAndGrad = jax.value_and_grad,
     loss_scale: float | LossScale | None = None,
     projection: Callable[[Params], Params] | None = None,
-    moving_average: Decay | None = None,
+    moving_average: float | Schedule | None = None,
     wrt: Filter = nnx.Param,
 ) -> ModelTrainOp:
     """Make a complete, compiled training step of a loss of an nnx model.
@@ -259,6 +262,7 @@ def optimize_loss(
         seed: As there.
         pack_small_leaves: As there.
         axis_name: As there.
+        replica_axis_name: As there.
         donate: As there.
         skip_spikes: As there.
         value_and_grad: As there. nnx objects among the arguments are not split; what
@@ -340,6 +344,7 @@ def optimize_loss(
         seed=seed,
         pack_small_leaves=pack_small_leaves,
         axis_name=axis_name,
+        replica_axis_name=replica_axis_name,
         donate=donate,
         skip_spikes=skip_spikes,
         value_and_grad=value_and_grad,
