@@ -358,13 +358,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def page(rows: list[dict[str, Any]], host: dict[str, float]) -> str:
     """Return what the documentation shows."""
+    shares = {key: f"{share:.2f}" for key, share in host.items()}
+    same = f"{shares['plain_to_by_hand']} | {shares['packed_to_by_hand']}"
+    adds = f"{shares['plain_to_plus_one']} | {shares['packed_to_plus_one']}"
     return f"""{table(rows)}
 
-With 400 leaves of two elements all time goes into handing arrays in and out. A call of
-a training op then takes {host["plain_to_by_hand"]:.2f} of a bare jitted function that
-makes the same step, {host["packed_to_by_hand"]:.2f} with `pack_small_leaves`; of one
-that only adds 1 to every leaf {host["plain_to_plus_one"]:.2f} and
-{host["packed_to_plus_one"]:.2f}.
+With 400 leaves of two elements all time goes into handing arrays in and out. The time
+of a call of the training op is then, as a share of that of a bare jitted function:
+
+| the function | plain | with `pack_small_leaves` |
+|---|---|---|
+| makes the same step | {same} |
+| only adds 1 to every leaf | {adds} |
 """
 
 
@@ -372,7 +377,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw each cell's time as a share of optax's and PyTorch's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(5, 6), layout="constrained")  # to read at 400 px
     axes = figure.add_subplot()
     places = np.arange(len(rows))
     for shift, key, label in (
@@ -385,8 +390,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(places, [row["cell"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("share of the other's time (less is faster)")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=160)
 
 
 def main() -> None:

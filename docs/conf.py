@@ -139,7 +139,7 @@ napoleon_use_rtype = False
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": "/(plot_|digits_|char_model)",
+    "filename_pattern": r"/(?!multi_host)[^/]*$",  # it needs several processes
     "within_subsection_order": "ExampleTitleSortKey",
     "abort_on_example_error": True,
     "download_all_examples": False,

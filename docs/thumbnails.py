@@ -3,6 +3,9 @@
 For programs that draw nothing, and for figures that are too tall to be shown small.
 """
 
+import contextlib
+import io
+import re
 import runpy
 from pathlib import Path
 
@@ -66,6 +69,49 @@ def char_model():
     plt.legend()
 
 
+def averaged_diffusion():
+    """Digits from the image to the noise."""
+    random = np.random.default_rng(0)
+    images = datasets.load_digits().images[:3] / 8 - 1
+    _, axes = plt.subplots(3, 5, figsize=(4, 2.8))
+    for row, image in zip(axes, images, strict=True):
+        noise = random.normal(size=image.shape)
+        for axis, angle in zip(row, np.linspace(0, np.pi / 2, 5), strict=True):
+            noisy = np.cos(angle) * image + np.sin(angle) * noise
+            axis.imshow(noisy, cmap="gray_r", vmin=-1.5, vmax=1.5)
+            axis.axis("off")
+
+
+def micro_batches():
+    """Four small batches, one step."""
+    _, axis = plt.subplots(figsize=(4, 2.8))
+    colors = plt.get_cmap("tab10").colors
+    for piece in range(4):
+        box = plt.Rectangle((0, 0.7 * piece), 1.2, 0.55, color=colors[piece])
+        axis.add_patch(box)
+        arrow = {"arrowstyle": "->", "linewidth": 1.5, "color": "0.4"}
+        start = (1.3, 0.7 * piece + 0.275)
+        axis.annotate("", xy=(2.5, 1.325), xytext=start, arrowprops=arrow)
+    axis.add_patch(plt.Rectangle((2.6, 0.9), 1.4, 0.85, color="0.3"))
+    axis.text(3.3, 1.325, "step", color="white", size=14, ha="center", va="center")
+    axis.set(xlim=(-0.1, 4.1), ylim=(-0.1, 2.75))
+    axis.axis("off")
+
+
+def float16_digits():
+    """The scale of the loss: halved, then doubled again."""
+    main = runpy.run_path(str(EXAMPLES / "float16_digits.py"))["main"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main([])
+    found = re.findall(r"step +(\d+).*scale ([\d.]+)", printed.getvalue())
+    steps, scales = np.float64([(0, 2.0**24), *found[1:]]).T
+    plt.figure(figsize=(4, 2.8))
+    plt.step(steps, np.log2(scales), where="post")
+    plt.xlabel("step")
+    plt.ylabel("log2 of the loss scale")
+
+
 def plot_decays():
     """Three of the decays."""
     steps = np.arange(1000)
@@ -120,6 +166,9 @@ if __name__ == "__main__":
         digits_nnx,
         digits_equinox,
         char_model,
+        averaged_diffusion,
+        micro_batches,
+        float16_digits,
         multi_host,
         plot_decays,
         plot_clipping,

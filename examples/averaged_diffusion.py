@@ -8,6 +8,8 @@ average of its parameters has the lower loss, and is what to draw samples with::
     python examples/averaged_diffusion.py --steps 2000
 """
 
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/averaged_diffusion.png'
+
 import argparse
 import itertools
 

@@ -9,6 +9,8 @@ the first steps overflow, are skipped and halve it. Later it grows again::
     python examples/float16_digits.py --steps 400
 """
 
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/float16_digits.png'
+
 import argparse
 import itertools
 

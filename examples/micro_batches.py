@@ -8,6 +8,8 @@ and the optimizer run once, on the mean gradient::
     python examples/micro_batches.py --steps 200
 """
 
+# sphinx_gallery_thumbnail_path = '_static/thumbnails/micro_batches.png'
+
 import argparse
 import itertools
 

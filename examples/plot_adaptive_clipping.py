@@ -13,6 +13,8 @@ contain it. So a spike raises the threshold that it is compared with.
 not move.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -67,6 +69,7 @@ for axis, (statistics, history) in zip(axes, histories.items(), strict=True):
     axis.semilogy(clipped, color="C0", linewidth=1, label="norm after the clip")
     axis.set_title(f'statistics="{statistics}"', family="monospace", size=13)
 axes[0].legend()
+axes[0].set_ylim(1e-2, 1e7)  # in the warm-up of "previous" nothing is clipped
 figure.supxlabel("step")
 figure.tight_layout()
 plt.show()
