@@ -45,7 +45,8 @@ nitpick_ignore_regex = [
     ("py:class", r"optloss\.\w+\.(AverageState|Levels|LossScale|T)"),
     (
         "py:class",
-        r"ArrayLike|AverageState|Filter|LossScale|Mapping|Rates|Collection|Iterable|Sequence",
+        r"ArrayLike|AverageState|Filter|LossScale|Mapping|ModelLoss|Rates|Collection|"
+        r"Iterable|Sequence|nnx\..*",
     ),
 ]
 

@@ -278,7 +278,8 @@ REFUSED = [
     ),
     *refused_values(
         "optimizer",
-        "is not a name with literal keywords. Write it like 'adamw(weight_decay=0.1)'.",
+        "is not a name with literal keywords. Write it like 'adamw(weight_decay=0.1)', "
+        "or pass a function of the rate: lambda rate: optax.adamw(rate, mask=mask).",
         ("adam(0.9)", "'adam(0.9)'"),
         ("adam(b1=", "'adam(b1='"),
         ("adam(b1=open('x'))", "\"adam(b1=open('x'))\""),

@@ -104,7 +104,9 @@ def test_there_is_no_rate_to_set_in_an_instance_or_a_schedule(arguments):
     assert str(refused.value) == (
         "set_learning_rate(TrainOpState): the state holds no base rate. An optimizer "
         "given as an instance keeps its own rate, and a schedule has none: give a "
-        "number as learning_rate, and the optimizer by name or as a function."
+        "number as learning_rate, and the optimizer by name or as a function; a rate "
+        "that decays by learning_rate_decay_fn. What a schedule gave the latest update "
+        "is get_summaries(state)['learning_rate']."
     )
 
 
@@ -135,6 +137,35 @@ def test_mistake_a_pair_instead_of_a_state():
         "the first argument must be a TrainOpState. Take the pair apart: state, "
         "output = train_op(state, ...)."
     )
+
+
+def test_mistake_an_output_instead_of_a_state():
+    train_op = make()
+    _, output = train_op(train_op.init(parameters()))
+    assert message_of(train_op, output).endswith(
+        "the first argument must be a TrainOpState. It stands first: state, output = "
+        "train_op(state, ...)."
+    )
+
+
+def test_mistake_an_op_instead_of_its_state():
+    train_op = make()
+    pass_the_state = "pass the one that it returned, or op.state."
+    assert "is no state. Pass the one" in message_of(optloss.get_summaries, train_op)
+    assert pass_the_state in message_of(optloss.get_learning_rate, train_op)
+    assert pass_the_state in message_of(optloss.set_learning_rate, train_op, 0.1)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [optloss.get_summaries, optloss.get_learning_rate, "averaged", "evaluation_params"],
+)
+def test_mistake_a_look_at_a_donated_state(look):
+    train_op = make(moving_average=0.9, clip_gradients=1.0)
+    state = train_op.init(parameters())
+    train_op(state)
+    look = getattr(train_op, look) if isinstance(look, str) else look
+    assert "this state was given to an earlier call" in message_of(look, state)
 
 
 def test_mistake_a_forgotten_model_state():

@@ -128,7 +128,8 @@ def _state_fields(call: str, old: Any) -> dict[str, Any]:
     if not {"params", "opt_state"} <= set(fields):
         raise ValueError(
             f"{call}(old_state={short_repr(old)}): must be a TrainOpState, or the dict "
-            "with its fields that a checkpointer made of one."
+            "with its fields that a checkpointer made of one. For the state of a chain "
+            "alone there is optloss.carry_over(old_opt_state, state.opt_state)."
         )
     return {name: fields.get(name) for name in needed}
 

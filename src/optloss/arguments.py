@@ -7,6 +7,7 @@ with the text that describes it.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,26 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
                 "call. Take the parameters from what that call returned.",
             )
     check_names(call, params)
+    _check_nnx(call, params)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _check_nnx(call: str, params: PyTree) -> None:
+    """Refuse what an nnx model holds beside parameters, which would stay as it is."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    kinds = (nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.RngState)
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, kinds))
+    found = {type(node).__name__ for node in nodes if isinstance(node, kinds)}
+    if found:
+        raise refusal(
+            call,
+            f"the parameters hold variables that a step changes, {listing(found)}. "
+            "Use optloss.integrations.nnx.optimize_loss(model, loss, ...), which keeps "
+            "the changes; or split them off: graphdef, params, rest = nnx.split("
+            "model, nnx.Param, ...), init(params, rest), and nnx.merge in the loss.",
+        )
 
 
 def _cure(leaf: object) -> str:

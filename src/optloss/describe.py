@@ -154,9 +154,11 @@ def _spans(numbers: list[int]) -> str:
 def _table(rows: list[Row], width: int) -> list[str]:
     table = [Row(*HEADER), *rows]
     used = [i for i in range(len(HEADER)) if i < 4 or any(row[i] for row in rows)]
-    widths = {i: max(min(len(row[i]), WIDEST_CELL) for row in table) for i in used}
-    room = max(width - sum(widths[i] + 2 for i in used[1:]), len(HEADER[0]))
-    widths[0] = min(max(len(row.name) for row in table), room)
+    widths = {i: max(len(row[i]) for row in table) for i in used}
+    if sum(widths.values()) + 2 * len(used[1:]) > width:
+        widths |= {i: min(widths[i], WIDEST_CELL) for i in used[1:]}
+        room = max(width - sum(widths[i] + 2 for i in used[1:]), len(HEADER[0]))
+        widths[0] = min(widths[0], room)
     return [
         "  ".join(_cut(row[i], widths[i]).ljust(widths[i]) for i in used).rstrip()
         for row in table

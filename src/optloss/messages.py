@@ -314,9 +314,11 @@ def check_callable(
 
 
 def signature_of(fn: Callable[..., object]) -> str:
-    """Return the signature of ``fn`` in words, "(...)" where it cannot be told."""
+    """Return the signature of ``fn`` without types, "(...)" where it tells none."""
     try:
-        return _cut(str(inspect.signature(fn)), MOST_OF_A_NAME)
+        signature = inspect.signature(fn)
+        plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        return _cut(str(inspect.Signature(plain)), MOST_OF_A_NAME)
     except Exception:  # a default of the caller's own has a repr that fails
         return "(...)"
 

@@ -121,11 +121,11 @@ def optimize_loss(
         axis_name: For ``train_op.update`` under ``shard_map`` or ``pmap``: the mesh
             axes that parameters may be sharded over. The loss returns its
             ``jax.lax.pmean``. Types tell which parameters are; where they do not, every
-            one counts as sharded, and ``replica_axis_name`` has to be given.
+            one counts as sharded.
         replica_axis_name: The mesh axes along which all devices hold the same
             parameters. Under ``pmap``, and ``shard_map`` with ``check_vma=False``,
-            gradients are averaged over them; elsewhere JAX has done so. ``()`` for
-            none.
+            it has to be given, and gradients are averaged over them; elsewhere JAX has
+            done so. ``()`` for none.
         donate: Whether ``train_op(state, ...)`` donates the buffers of the state.
         skip_spikes: Whether a step whose loss or gradient lies far above those before
             it is skipped: the ``std_factor`` of :func:`~optloss.skip_spikes`, or
@@ -138,8 +138,11 @@ def optimize_loss(
             implies ``skip_nonfinite``.
         projection: A function of the trained parameters, such as
             ``optax.projections.projection_non_negative``, applied after each update.
-        moving_average: Decay in [0, 1), or a function of the step that returns it, of a
-            moving average of the trained parameters; see :meth:`TrainOp.averaged`.
+        moving_average: Decay :math:`d` in [0, 1), or a function of the step that
+            returns it, of a moving average of the trained parameters; see
+            :meth:`TrainOp.averaged`. A number is warmed up, as
+            :math:`\min(d, (1 + t) / (10 + t))` with :math:`t` the updates so far; what
+            a function returns is not.
 
     Returns:
         A :class:`TrainOp`. ``train_op.init(params)`` makes a :class:`TrainOpState`, and

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from optloss.donation import clear_if_deleted
 from optloss.mesh import put_like
 from optloss.messages import (
     argument_error,
@@ -109,7 +110,8 @@ def get_learning_rate(state: PyTree) -> jax.Array | Any:
     """
     nodes = jax.tree.leaves(state, is_leaf=_stops)
     bases = _bases("get_learning_rate", state, nodes)
-    copies = {key: own_copy(base) for key, base in bases.items()}
+    with clear_if_deleted("get_learning_rate(state)", state):
+        copies = {key: own_copy(base) for key, base in bases.items()}
     return copies[None] if None in copies else {k: copies[k] for k in copies if k}
 
 
@@ -136,11 +138,17 @@ def _bases(call: str, state: PyTree, nodes: list[PyTree]) -> dict[str | None, Sc
     for base in known:
         found.update(base.items() if isinstance(base, dict) else [(None, base)])
     if not found or (None in found and len(known) < len(places)):
+        cure = (
+            "An optimizer given as an instance keeps its own rate, and a schedule has "
+            "none: give a number as learning_rate, and the optimizer by name or as a "
+            "function; a rate that decays by learning_rate_decay_fn. What a schedule "
+            "gave the latest update is get_summaries(state)['learning_rate']."
+        )
+        if callable(state):
+            cure = "An op is no state: pass the one that it returned, or op.state."
         raise refusal(
             f"{call}({short_repr(type(state))})",
-            "the state holds no base rate. An optimizer given as an instance keeps its "
-            "own rate, and a schedule has none: give a number as learning_rate, and "
-            "the optimizer by name or as a function.",
+            f"the state holds no base rate. {cure}",
         )
     if None in found and len(places) > 1:
         raise refusal(

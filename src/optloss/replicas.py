@@ -7,7 +7,7 @@ device, and JAX sums the gradient of a parameter along the others. Under ``pmap`
 
 from collections.abc import Mapping
 
-from optloss.mesh import Axes, axes_of, gradient_of_all, types_tell
+from optloss.mesh import Axes, axes_of, gradient_of_all, manual_axes, types_tell
 from optloss.messages import refusal
 from optloss.typing import AxisName, PyTree
 
@@ -31,16 +31,17 @@ def shared_gradient(
         replica_axis_name: The axes that every leaf is the same along, or ``None`` if
             the caller did not say.
     """
-    axes: Axes = (*axes_of(shards), *axes_of(replica_axis_name))
-    if _all_tell(axes):
+    named: Axes = (*axes_of(shards), *axes_of(replica_axis_name))
+    if _all_tell((*named, *manual_axes())):
         return gradients
     if replica_axis_name is None:
         raise refusal(
             f"train_op.update(axis_name={shards!r})",
             "under pmap, and shard_map with check_vma=False, types do not say whether "
-            "the parameters are the same along these axes, and their gradients are "
-            "not averaged. Name the axes along which they are: optimize_loss("
-            "replica_axis_name=...), or () if all of them are sharded.",
+            "the parameters are the same on all devices, and their gradients are not "
+            "averaged. Name the axes along which they are: optimize_loss("
+            "replica_axis_name=...), or () for none: all are sharded along axis_name, "
+            "or the devices train apart.",
         )
     return gradient_of_all(gradients, axes_of(replica_axis_name), axes_of(shards))
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optloss.donation import clear_if_deleted
 from optloss.fast.handover import Stacked, empty_like
 from optloss.histograms import Histogram, histogram
+from optloss.messages import argument_error
 from optloss.names import leaf_names
 from optloss.norms import global_norm, leaf_norms
 from optloss.trees import inexact_leaves, is_inexact
@@ -62,6 +64,11 @@ def get_summaries(tree: PyTree) -> dict[str, jax.Array]:
     Returns:
         A dict from tag to float32 scalar ``[]``, in the order of the chain; empty if no
         transform of ours is in ``tree``. A tag found before gets ``_1``, then ``_2``.
+        After a skipped update they are those of the latest that was made, but for
+        what tells of the skipping.
+
+    Raises:
+        ValueError: If ``tree`` is an op and no state.
 
     Note:
         Under ``vmap`` the values are batched like the state.
@@ -82,14 +89,18 @@ def get_summaries(tree: PyTree) -> dict[str, jax.Array]:
     See also:
         :class:`StepOutput`, whose ``summaries`` come from here.
     """
+    if callable(tree) and jax.tree_util.all_leaves([tree]):
+        problem = "is no state. Pass the one that the op returned, or op.state."
+        raise argument_error("get_summaries", "tree", tree, problem)
     found: dict[str, jax.Array] = {}
     seen: dict[str, int] = {}
-    for state in _measuring(tree):
-        for tag, value in _plain(state).measurements().items():
-            earlier = seen.setdefault(tag, 0)
-            seen[tag] += 1
-            name = f"{tag}_{earlier}" if earlier else tag
-            found[name] = jnp.asarray(value, jnp.float32)
+    with clear_if_deleted("get_summaries(state)", tree):
+        for state in _measuring(tree):
+            for tag, value in _plain(state).measurements().items():
+                earlier = seen.setdefault(tag, 0)
+                seen[tag] += 1
+                name = f"{tag}_{earlier}" if earlier else tag
+                found[name] = jnp.asarray(value, jnp.float32)
     return found
 
 

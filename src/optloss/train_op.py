@@ -109,9 +109,9 @@ class TrainOp:
     increment_global_step: bool
     replica_axis_name: AxisName
     donate: bool
-    value_and_grad: ValueAndGrad = jax.value_and_grad
-    projection: Callable[[PyTree], PyTree] | None = None
-    moving_average: float | Schedule | None = None
+    value_and_grad: ValueAndGrad
+    projection: Callable[[PyTree], PyTree] | None
+    moving_average: float | Schedule | None
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -427,13 +427,15 @@ class TrainOp:
                 "train_op.averaged(state): the state holds no average. Make the op "
                 "with optimize_loss(moving_average=0.999)."
             )
-        return averaged(state.average, state.params)
+        with clear_if_deleted("train_op.averaged(state)", state):
+            return averaged(state.average, state.params)
 
     def evaluation_params(self, state: TrainOpState) -> Any:
         """Return the parameters to evaluate with.
 
         A schedule-free optimizer trains at other parameters than those it is to be
-        judged by; with any other they are those of the state.
+        judged by; with any other they are those of the state. For the average that
+        ``moving_average`` keeps there is :meth:`averaged`.
 
         Args:
             state: What :meth:`init` or a step returned; its arrays may be traced.
@@ -457,13 +459,15 @@ class TrainOp:
         References:
             Defazio et al., *The Road Less Scheduled*, 2024, arXiv:2405.15682.
         """
-        _check_state("train_op.evaluation_params", state)
+        call = "train_op.evaluation_params"
+        _check_state(call, state)
         selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
         layout, size = self.chain.start.layout(trained), self.chain.start.pack_size
         moved = evaluation_params(state.opt_state, trained, layout, size)
         params = merge_leaves(moved, state.params, selected)
-        return jax.tree.map(own_copy, params)
+        with clear_if_deleted(f"{call}(state)", state):
+            return jax.tree.map(own_copy, params)
 
     def _step(
         self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
@@ -571,11 +575,11 @@ class TrainOp:
 def _check_state(call: str, state: Any) -> None:
     if not isinstance(state, TrainOpState):
         pair = isinstance(state, tuple) and isinstance((*state, None)[0], TrainOpState)
-        advice = (
-            "Take the pair apart: state, output = train_op(state, ...)."
-            if pair
-            else "Make one with state = train_op.init(params)."
-        )
+        advice = "Make one with state = train_op.init(params)."
+        if pair:
+            advice = "Take the pair apart: state, output = train_op(state, ...)."
+        elif isinstance(state, StepOutput):
+            advice = "It stands first: state, output = train_op(state, ...)."
         problem = f"the first argument must be a TrainOpState. {advice}"
         raise argument_error(call, "state", state, problem)
 

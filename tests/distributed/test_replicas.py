@@ -148,10 +148,10 @@ def test_some_axes_hold_replicas_and_others_shards(check_vma):
 
 
 UNKNOWN = (
-    "train_op.update(axis_name='data'): under pmap, and shard_map with "
-    "check_vma=False, types do not say whether the parameters are the same along "
-    "these axes, and their gradients are not averaged. Name the axes along which they "
-    "are: optimize_loss(replica_axis_name=...), or () if all of them are sharded."
+    "under pmap, and shard_map with check_vma=False, types do not say whether the "
+    "parameters are the same on all devices, and their gradients are not averaged. "
+    "Name the axes along which they are: optimize_loss(replica_axis_name=...), or () "
+    "for none: all are sharded along axis_name, or the devices train apart."
 )
 
 
@@ -160,10 +160,25 @@ UNKNOWN = (
     [by_pmap, functools.partial(by_shard_map, shape=(2,), names=("data",))],
     ids=["pmap", "shard_map"],
 )
-def test_it_is_not_guessed_what_the_devices_share(run):
-    op = optloss.optimize_loss(mean_loss("data"), 0, RATE, "sgd", axis_name="data")
-    with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}"):
+@pytest.mark.parametrize("axis_name", ["data", None])
+def test_it_is_not_guessed_what_the_devices_share(run, axis_name):
+    op = optloss.optimize_loss(mean_loss("data"), 0, RATE, "sgd", axis_name=axis_name)
+    call = f"train_op.update(axis_name={axis_name!r}): "
+    with pytest.raises(ValueError, match=f"^{re.escape(call + UNKNOWN)}"):
         run(op, op.init(make_params()))
+
+
+def test_devices_may_train_apart():
+    op = optloss.optimize_loss(loss, 0, RATE, "sgd", replica_axis_name=())
+    state = jax.tree.map(lambda leaf: np.stack([leaf] * 2), op.init(make_params()))
+    x, y = make_batches(1)[0]
+    halves = x.reshape(2, 16, -1), y.reshape(2, 16, -1)
+    found, _ = jax.pmap(op.update, axis_name="data")(state, *halves)
+    alone = optloss.optimize_loss(loss, 0, RATE, "sgd")
+    for i in range(2):
+        expected, _ = alone(alone.init(make_params()), halves[0][i], halves[1][i])
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
+        assert distance(one.params, expected.params) < 2e-6
 
 
 @pytest.mark.parametrize("argument", ["axis_name", "replica_axis_name"])

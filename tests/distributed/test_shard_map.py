@@ -400,6 +400,7 @@ def test_pmap_trains_data_parallel():
         return jax.lax.pmean(loss(params, x, y), "data")
 
     options = {**EVERYTHING, "clip_gradients": optloss.adaptive_clipping(0.5, 0.8)}
+    options["replica_axis_name"] = ()
     op = optloss.optimize_loss(averaged, 0, 0.01, "adam", 0.05, **options)
     state = jax.tree.map(lambda leaf: np.stack([leaf] * 8), op.init(make_params()))
     step = jax.pmap(op.update, axis_name="data")

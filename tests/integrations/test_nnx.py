@@ -258,11 +258,9 @@ def test_refusals(call, message):
 
 def test_the_state_of_another_run_is_refused():
     op = optimize_loss(Net(), loss, **BASE)
-    message = (
-        r"^op\.restore\(state=1\): it is not a state of this run, whose structure "
-    )
+    message = r"^op\.restore\(state=1\): must be a TrainOpState of this run\. "
     with pytest.raises(
-        ValueError, match=message + r"is .*\. Restore into op\.state\.$"
+        ValueError, match=message + r"Restore a checkpoint into op\.state"
     ):
         op.restore(1)
 
@@ -294,3 +292,33 @@ def test_the_chain_works_in_flax_s_optimizer():
     np.testing.assert_array_equal(model.layers[0].kernel[...], kernel)
     step(model, optimizer, X, Y * jnp.nan)
     assert optloss.get_summaries(optimizer)["skipped/total"] == 1
+
+
+def test_a_model_with_more_than_parameters_is_none_for_the_plain_call():
+    """Its statistics and random streams would stay as they are, in silence."""
+    plain = optloss.optimize_loss(loss, **BASE)
+    words = (
+        "the parameters hold variables that a step changes, 'BatchStat', 'RngCount', "
+        "'RngKey'. Use optloss.integrations.nnx.optimize_loss(model, loss, ...)"
+    )
+    for params in (Net(), nnx.state(Net())):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            plain.init(params)
+    linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    for params in (linear, nnx.state(linear), nnx.state(Net(), nnx.Param)):
+        assert plain.init(params).step == 0
+
+
+def test_a_state_that_is_gone_or_another_op_s_is_said_to_be():
+    op = optimize_loss(Net(), loss, **BASE)
+    held = op.state
+    op(X, Y)
+    with pytest.raises(ValueError, match=r"^op.restore\(state\): this state was given"):
+        op.restore(held)
+    other = optimize_loss(Net(), loss, **BASE, clip_gradients=1.0)
+    with pytest.raises(
+        ValueError, match=r"state of another op\. Its opt_state"
+    ) as said:
+        op.restore(other.state)
+    assert len(str(said.value)) < 400
+    assert "op.train_op.adopt(state)" in str(said.value)

@@ -220,7 +220,8 @@ def test_a_text_is_parsed_and_never_run(text, monkeypatch):
     }
     assert text in expected or str(refused.value).endswith(
         "): is not a name with literal keywords. Write it like "
-        "'adamw(weight_decay=0.1)'."
+        "'adamw(weight_decay=0.1)', or pass a function of the rate: lambda rate: "
+        "optax.adamw(rate, mask=mask)."
     )
     assert problem == expected.get(text, problem)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from optloss.donation import clear_if_deleted
 from optloss.loss_scale import LossScale
 from optloss.messages import (
     argument_error,
@@ -24,6 +25,7 @@ from optloss.messages import (
     short_text,
 )
 from optloss.optimize import optimize_loss as optimize_pure_loss
+from optloss.state_check import check_part
 from optloss.train_op import StepOutput, TrainOp, TrainOpState
 from optloss.trees import own_copy
 from optloss.typing import (
@@ -126,7 +128,11 @@ class ModelTrainOp:
 
     @property
     def state(self) -> TrainOpState:
-        """The whole run as one tree of dicts and arrays, which is what to save."""
+        """The whole run as one tree of dicts and arrays, which is what to save.
+
+        The next step takes its arrays, unless the op was made with ``donate=False``:
+        what is to be kept in memory is ``jax.tree.map(jnp.copy, op.state)``.
+        """
         held, structure = jax.tree.flatten(_trees(self._state))
         values = jax.tree.unflatten(self._structure, self._read())
         leaves: list[jax.Array] = jax.tree.leaves(values)
@@ -156,14 +162,20 @@ class ModelTrainOp:
         Raises:
             ValueError: If it is not the state of such a run.
         """
+        call = "op.restore(state)"
         expected: Any = jax.tree.structure(self._state)
         if expected != jax.tree.structure(state):
-            problem = (
-                f"it is not a state of this run, whose structure is {expected}. "
-                "Restore into op.state."
+            cure = (
+                "Restore a checkpoint into op.state; of the state of another op, "
+                "op.train_op.adopt(state) makes one that fits."
             )
+            if isinstance(state, TrainOpState):
+                for name, kept in self._state._asdict().items():
+                    check_part(call, name, getattr(state, name), kept, cure)
+            problem = f"must be a TrainOpState of this run. {cure}"
             raise argument_error("op.restore", "state", state, problem)
-        self._state = jax.tree.map(own_copy, state)
+        with clear_if_deleted(call, state):
+            self._state = jax.tree.map(own_copy, state)
         self._write()
 
     def describe(self) -> str:

@@ -246,7 +246,8 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, object]]:
             "optimizer",
             text,
             "is not a name with literal keywords. Write it like "
-            "'adamw(weight_decay=0.1)'.",
+            "'adamw(weight_decay=0.1)', or pass a function of the rate: "
+            "lambda rate: optax.adamw(rate, mask=mask).",
         ) from error
 
 
