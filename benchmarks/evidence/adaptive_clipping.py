@@ -175,7 +175,9 @@ def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
         key = jax.random.fold_in(jax.random.key(run["seed"]), steps)
         return train_op(run, clip).init(new_params(key))
 
-    def advance(run: Any, state: Any, step: jax.Array) -> tuple[Any, jax.Array]:
+    def advance(
+        run: Any, state: Any, step: jax.Array, text: jax.Array
+    ) -> tuple[Any, jax.Array]:
         batch = batch_at(run, text, step)
         state, output = train_op(run, clip).update(state, *batch)
         return state, output.summaries["global_norm/gradient_norm"]
@@ -190,7 +192,7 @@ def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
         }
 
     runs = stack(rows, "rate", "corrupted", "bound", "seed")
-    state, norms = train(start, advance, runs, steps, clip)
+    state, norms = train(start, advance, runs, text, steps, clip)
     found = jax.device_get(jax.jit(jax.vmap(result))(state))
     found["largest_norm"] = norms.max(axis=1)
     return [

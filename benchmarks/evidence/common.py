@@ -113,11 +113,17 @@ def cross_entropy(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def accuracy(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the share of the images whose digit is named; 0 if a logit is NaN."""
-    logits = forward(params, x)
-    right = (logits.argmax(axis=-1) == y) & jnp.isfinite(logits).all(axis=-1)
-    return right.mean()
+@jax.jit
+def accuracies(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the share of the images that each run names right; a NaN is wrong."""
+
+    def of_run(params: Tree) -> jax.Array:
+        logits = forward(params, x)
+        right = (logits.argmax(axis=-1) == y) & jnp.isfinite(logits).all(axis=-1)
+        return right.mean()
+
+    # One run after the other: so many images at once fill the cores.
+    return jax.lax.map(of_run, params)
 
 
 # Runs ---------------------------------------------------------------------------------
@@ -144,8 +150,9 @@ def batch_of(seed: jax.Array, step: jax.Array, size: int, count: int) -> jax.Arr
 
 def train(
     start: Callable[[Tree], Tree],
-    advance: Callable[[Tree, Tree, jax.Array], tuple[Tree, Tree]],
+    advance: Callable[[Tree, Tree, jax.Array, Tree], tuple[Tree, Tree]],
     runs: Tree,
+    data: Tree,
     steps: int,
     title: str,
 ) -> tuple[Tree, Tree]:
@@ -153,9 +160,11 @@ def train(
 
     Args:
         start: ``start(run)`` returns what a run carries from step to step.
-        advance: ``advance(run, carry, step)`` returns the next carry, and what is
-            measured at the step.
+        advance: ``advance(run, carry, step, data)`` returns the next carry, and what
+            is measured at the step.
         runs: A tree of arrays ``[runs, ...]``.
+        data: What all runs share. As an argument, XLA computes nothing with it when it
+            compiles.
         steps: How many steps are made.
         title: What the progress bar says.
 
@@ -165,10 +174,10 @@ def train(
     length = max(n for n in range(1, math.ceil(steps / PARTS) + 1) if steps % n == 0)
 
     @jax.jit
-    def part(carry: Tree, first: jax.Array) -> tuple[Tree, Tree]:
+    def part(carry: Tree, first: jax.Array, data: Tree) -> tuple[Tree, Tree]:
         def one(run: Tree, carry: Tree) -> tuple[Tree, Tree]:
             return jax.lax.scan(
-                lambda carry, step: advance(run, carry, step),
+                lambda carry, step: advance(run, carry, step, data),
                 carry,
                 first + jnp.arange(length),
             )
@@ -178,7 +187,7 @@ def train(
     carry = jax.jit(jax.vmap(start))(runs)
     measured = []
     for first in tqdm(range(0, steps, length), desc=title, leave=False):
-        carry, found = part(carry, jnp.int32(first))
+        carry, found = part(carry, jnp.int32(first), data)
         measured.append(jax.device_get(found))
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *measured)
     return carry, joined

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import (
     Row,
-    accuracy,
+    accuracies,
     batch_of,
     choose,
     column,
@@ -100,13 +100,13 @@ def new_params(key: jax.Array) -> Any:
     }
 
 
-def accuracies(params: Any) -> Row:
-    """Return the accuracy on new and on old digits that were held out."""
+def new_and_old(params: Any) -> Row:
+    """Return each run's accuracy on new and on old digits that were held out."""
     _, _, x, y = digits()
     new = np.asarray(y) >= OLD
     return {
-        "new": accuracy(params, x[new], y[new]),
-        "old": accuracy(params, x[~new], y[~new]),
+        "new": accuracies(params, x[new], y[new]),
+        "old": accuracies(params, x[~new], y[~new]),
     }
 
 
@@ -120,12 +120,16 @@ def first_training(plan: Plan) -> tuple[Any, Row]:
     def start(seed: jax.Array) -> Any:
         return op.init(new_params(jax.random.key(seed)))
 
-    def advance(seed: jax.Array, state: Any, step: jax.Array) -> tuple[Any, None]:
+    def advance(
+        seed: jax.Array, state: Any, step: jax.Array, data: Any
+    ) -> tuple[Any, None]:
+        x, y = data
         seen = batch_of(seed, step, 64, len(y))
         return op.update(state, x[seen], y[seen])[0], None
 
-    state, _ = train(start, advance, jnp.arange(plan.seeds), plan.first_steps, "old")
-    return state.params, jax.jit(jax.vmap(accuracies))(state.params)
+    seeds = jnp.arange(plan.seeds)
+    state, _ = train(start, advance, seeds, (x, y), plan.first_steps, "old digits")
+    return state.params, new_and_old(state.params)
 
 
 def fine_tune(way: str, rows: list[Row], params: Any, steps: int) -> Row:
@@ -142,16 +146,18 @@ def fine_tune(way: str, rows: list[Row], params: Any, steps: int) -> Row:
     def start(run: Any) -> Any:
         return train_op(run).init(run["params"])
 
-    def advance(run: Any, state: Any, step: jax.Array) -> tuple[Any, None]:
+    def advance(
+        run: Any, state: Any, step: jax.Array, data: Any
+    ) -> tuple[Any, None]:
+        x, y = data
         seen = batch_of(run["seed"], step, BATCH, NEW_IMAGES)
         return train_op(run).update(state, x[seen], y[seen])[0], None
 
     runs = stack(rows, "rate", "seed")
     seeds = runs["seed"]
     runs["params"] = jax.tree.map(lambda leaf: leaf[seeds], params)
-    state, _ = train(start, advance, runs, steps, way)
-    found: Row = jax.jit(jax.vmap(accuracies))(state.params)
-    return found
+    state, _ = train(start, advance, runs, (x, y), steps, way)
+    return new_and_old(state.params)
 
 
 def measure(plan: Plan) -> list[Row]:

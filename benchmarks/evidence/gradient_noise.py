@@ -25,7 +25,7 @@ import numpy as np
 from common import (
     Images,
     Row,
-    accuracy,
+    accuracies,
     batch_of,
     choose,
     column,
@@ -130,7 +130,9 @@ def final_accuracy(
         params = new_params(key, run["std"], run["good"], pixels)
         return train_op(run, noisy).init(params)
 
-    def advance(run: Any, state: Any, step: jax.Array) -> tuple[Any, None]:
+    def advance(
+        run: Any, state: Any, step: jax.Array, images: Images
+    ) -> tuple[Any, None]:
         seen = batch_of(run["seed"], step, BATCH, len(images.y))
         op = train_op(run, noisy)
         return op.update(state, images.x[seen], images.y[seen])[0], None
@@ -138,9 +140,8 @@ def final_accuracy(
     runs = stack(rows, "rate", "eta", "clip", "seed")
     runs["std"] = jnp.array([0.1 * (row["start"] == "simple") for row in rows])
     runs["good"] = jnp.array([row["start"] == "good" for row in rows])
-    state, _ = train(start, advance, runs, steps, title)
-    test = jax.vmap(lambda params: accuracy(params, images.x_test, images.y_test))
-    return jax.jit(test)(state.params)
+    state, _ = train(start, advance, runs, images, steps, title)
+    return accuracies(state.params, images.x_test, images.y_test)
 
 
 def measure(plan: Plan) -> list[Row]:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import (
     Row,
-    accuracy,
+    accuracies,
     batch_of,
     choose,
     column,
@@ -51,7 +51,7 @@ RATES = {
     "Adam": 0.002,
     "Adagrad": 0.05,
     "RMSProp": 0.002,
-    "Ftrl": 0.1,
+    "Ftrl": 0.5,
 }
 FLOAT32, BFLOAT16, KEPT = "float32", "bfloat16", "kept in float32"
 
@@ -112,18 +112,20 @@ def train_form(name: str, form: str, rows: list[Row], steps: int) -> Row:
         params = new_params(jax.random.key(run["seed"]))
         return train_op(run).init(cast(params, stored))
 
-    def advance(run: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+    def advance(
+        run: Any, state: Any, step: jax.Array, data: Any
+    ) -> tuple[Any, Any]:
+        x, y = data
         seen = batch_of(run["seed"], step, BATCH, len(y))
         after, output = train_op(run).update(state, x[seen], y[seen])
         return after, (output.loss, unmoved(state.params, after.params))
 
     runs = stack(rows, "rate", "seed")
     title = f"{name}, {form}"
-    state, (losses, shares) = train(start, advance, runs, steps, title)
-    test = jax.vmap(lambda params: accuracy(cast(params, compute), x_test, y_test))
+    state, (losses, shares) = train(start, advance, runs, (x, y), steps, title)
     curve = shares.reshape(len(rows), CURVE, -1).mean(axis=2)
     return {
-        "accuracy": jax.jit(test)(state.params),
+        "accuracy": accuracies(cast(state.params, compute), x_test, y_test),
         "loss": losses[:, -LAST:].mean(axis=1),
         "unmoved": shares.mean(axis=1),
         "unmoved_last": shares[:, -LAST:].mean(axis=1),
