@@ -2,23 +2,24 @@
 
     python benchmarks/evidence/adaptive_clipping.py
 
-Question: a fixed bound has to be tuned, and its best value moves with the learning rate.
-Chorowski et al. and their successors promise a bound that finds itself. Does it train as
-well as the best fixed bound, at more rates, and with bad batches?
+Question: a fixed bound has to be tuned. Chorowski et al. and their successors promise a
+bound that finds itself. Does it train as well as the best fixed bound, at as many
+learning rates, and with bad batches?
 
 Set-up: a recurrent network without gates, of 48 ReLUs, predicts the next character of
 Python's own documentation, in batches of 8 pieces of 40 characters, by plain SGD. Its
-gradient is a product of 40 matrices and explodes. The rates are 1/8 to 4 times the tuned
-one, which is the best for the bound 1. Every clip has its default settings. In the second
-half of the runs one batch in a hundred is corrupted: its labels are shuffled and its
-inputs are multiplied by 1,000.
+gradient is a product of 40 matrices and explodes. The rates are 1/8 to 4 times the
+tuned one, which is the best for the bound 1. Every clip has its default settings. In
+the second half of the runs one batch in a hundred is corrupted: its labels are shuffled
+and its inputs are multiplied by 1,000.
 
 A run has diverged if the loss on the text held out is in the end above that of guessing
 every character with the same probability, or is not finite.
 
-Sources: Chorowski et al., *End-to-end Continuous Speech Recognition using Attention-based
-Recurrent NN*, 2014, arXiv:1412.1602, section 3.2.1 (``adaptive_clipping``); AutoClip,
-arXiv:2007.14469; AdaGC, arXiv:2502.11034; ZClip, arXiv:2504.02507.
+Sources: Chorowski et al., *End-to-end Continuous Speech Recognition using
+Attention-based Recurrent NN*, 2014, arXiv:1412.1602, section 3.2.1
+(``adaptive_clipping``); AutoClip, arXiv:2007.14469; AdaGC, arXiv:2502.11034; ZClip,
+arXiv:2504.02507.
 """
 
 import math
@@ -119,7 +120,9 @@ def new_params(key: jax.Array) -> Any:
     }
 
 
-def loss(params: Any, text: jax.Array, labels: jax.Array, scale: jax.Array) -> jax.Array:
+def loss(
+    params: Any, text: jax.Array, labels: jax.Array, scale: jax.Array
+) -> jax.Array:
     """Return the cross-entropy per character, in nats."""
 
     def step(hidden: jax.Array, character: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +205,7 @@ def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
 
 
 def measure(plan: Plan) -> list[Row]:
-    """Return the loss of every run, and the shares of its updates clipped and skipped."""
+    """Return each run's loss, and the shares of its updates clipped and skipped."""
     rows = []
     for clip in plan.clips:
         bound = (FIXED | SKIPS).get(clip, math.inf)
@@ -288,7 +291,9 @@ def draw(rows: list[Row], figure: Figure) -> None:
         axes.set_xlabel("learning rate / tuned")
         axes.set_title(f"{100 * corrupted:g} % corrupted" if corrupted else "clean")
     axes.figure.axes[0].set_ylabel("held-out loss, nats per character")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ A run is described by a row: its seed and its settings. The runs of a table are 
 and trained together, by ``vmap`` around a ``scan``. A setting is therefore an argument
 of the compiled program and no constant in it.
 
-Every script measures, prints its table in Markdown and writes three files: the result of
-every run to ``benchmarks/results/``, the table to ``docs/tables/`` and a picture to
+Every script measures, prints its table in Markdown and writes three files: the result
+of every run to ``benchmarks/results/``, the table to ``docs/tables/`` and a picture to
 ``docs/_static/``. With ``--short`` it trains few runs for few steps and writes nothing.
+With ``--redraw`` it trains nothing, and writes table and picture of the last results.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,8 +28,6 @@ import optax
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tqdm import tqdm
-
-import optloss
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -99,6 +99,15 @@ def mnist() -> Images:
 # Networks -----------------------------------------------------------------------------
 
 
+def new_layer(
+    key: jax.Array, inputs: int, outputs: int, std: float | jax.Array | None = None
+) -> Tree:
+    """Return a layer with weights from N(0, std^2), by default of He et al.'s std."""
+    std = math.sqrt(2 / inputs) if std is None else std
+    kernel = std * jax.random.normal(key, (inputs, outputs))
+    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+
+
 def forward(params: Tree, x: jax.Array) -> jax.Array:
     """Return the logits of a network of ReLUs, its layers in the order of the dict."""
     *hidden, last = params.values()
@@ -130,7 +139,7 @@ def accuracies(params: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def grid(**values: Iterable[Any]) -> list[Row]:
-    """Return every combination of the values, those of the last name next to another."""
+    """Return every combination of the values; the last name varies fastest."""
     rows: list[Row] = [{}]
     for name, choices in values.items():
         rows = [row | {name: choice} for row in rows for choice in choices]
@@ -220,31 +229,32 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a number as JSON has it: Python's own, and null where it is not finite."""
+    """Return what JSON has for a value: Python's own, null for a number not finite."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
     value = np.asarray(value).item()
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
 
 
+def results(script: Experiment, plan: Any) -> list[Row]:
+    """Return what the script measures, as JSON has it."""
+    rows: list[Row] = plain(script.measure(plan))
+    return rows
+
+
 def save(path: Path, plan: Any, rows: list[Row]) -> None:
     """Write the plan, the versions and one line per run."""
     head = {
-        "plan": plan._asdict(),
+        "plan": plain(plan._asdict()),
         "python": platform.python_version(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "optloss": optloss_version(),
+        **{name: version(name) for name in ("jax", "optax", "optloss")},
     }
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{lines}\n]}}\n')
-
-
-def optloss_version() -> str:
-    """Return the version of the installed package."""
-    from importlib.metadata import version
-
-    return version("optloss")
 
 
 def main(script: Experiment, name: str) -> None:
@@ -255,17 +265,19 @@ def main(script: Experiment, name: str) -> None:
     parser.add_argument(
         "--short", action="store_true", help="few runs and steps; no file is written"
     )
-    short = parser.parse_args().short
-    plan = script.SHORT if short else script.FULL
-    rows = [
-        {key: plain(value) for key, value in row.items()}
-        for row in script.measure(plan)
-    ]
+    parser.add_argument(
+        "--redraw", action="store_true", help="table and picture of the last results"
+    )
+    args = parser.parse_args()
+    path = RESULTS / f"evidence_{name}.json"
+    if args.short:
+        print(script.table(results(script, script.SHORT)), end="")
+        return
+    if not args.redraw:
+        save(path, script.FULL, results(script, script.FULL))
+    rows = json.loads(path.read_text())["runs"]
     table = script.table(rows)
     print(table, end="")
-    if short:
-        return
-    save(RESULTS / f"evidence_{name}.json", plan, rows)
     (TABLES / f"evidence_{name}.md").write_text(table)
     with mpl.rc_context(LEGIBLE):
         figure = Figure(figsize=(7, 5), layout="constrained")

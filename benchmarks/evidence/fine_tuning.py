@@ -12,9 +12,9 @@ and scored by the mean of two accuracies on images held out: that of the new dig
 that of the old ones, among all ten answers. Half of the seeds choose the rate of each
 way, the others give the figures.
 
-Source: layer-wise rates as in Howard and Ruder, *Universal Language Model Fine-tuning for
-Text Classification*, 2018, arXiv:1801.06146, section 3.2. They fine-tune a language model
-and report no table like this one.
+Source: Howard and Ruder, *Universal Language Model Fine-tuning for Text Classification*,
+2018, arXiv:1801.06146, section 3.2, for layer-wise rates. They fine-tune a language
+model on text, so there is no figure of theirs to compare with.
 """
 
 import sys
@@ -34,6 +34,7 @@ from common import (
     grid,
     main,
     markdown,
+    new_layer,
     spread,
     stack,
     train,
@@ -89,14 +90,8 @@ def new_params(key: jax.Array) -> Any:
     sizes = [64, *[WIDTH] * HIDDEN, CLASSES]
     names = [*(f"body_{i}" for i in range(HIDDEN)), "head"]
     return {
-        name: {
-            "kernel": jnp.sqrt(2 / inputs)
-            * jax.random.normal(jax.random.fold_in(key, inputs + i), (inputs, outputs)),
-            "bias": jnp.zeros(outputs),
-        }
-        for i, (name, inputs, outputs) in enumerate(
-            zip(names, sizes[:-1], sizes[1:], strict=True)
-        )
+        name: new_layer(jax.random.fold_in(key, i), sizes[i], sizes[i + 1])
+        for i, name in enumerate(names)
     }
 
 
@@ -146,9 +141,7 @@ def fine_tune(way: str, rows: list[Row], params: Any, steps: int) -> Row:
     def start(run: Any) -> Any:
         return train_op(run).init(run["params"])
 
-    def advance(
-        run: Any, state: Any, step: jax.Array, data: Any
-    ) -> tuple[Any, None]:
+    def advance(run: Any, state: Any, step: jax.Array, data: Any) -> tuple[Any, None]:
         x, y = data
         seen = batch_of(run["seed"], step, BATCH, NEW_IMAGES)
         return train_op(run).update(state, x[seen], y[seen])[0], None
@@ -191,7 +184,7 @@ def best_rate(rows: list[Row]) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """Return what each way gives at one rate and at its best one, over the odd seeds."""
+    """Return what each way gives at one rate and at its best, over the odd seeds."""
 
     def cells(rows: list[Row]) -> list[str]:
         judged = [row for row in rows if row["seed"] % 2]
@@ -205,7 +198,13 @@ def table(rows: list[Row]) -> str:
         rate = best_rate(runs)
         new, old, _ = cells(choose(runs, rate=COMMON_RATE if rate else 0))
         lines.append(
-            [way, new, old, f"{rate:g}" if rate else "", *cells(choose(runs, rate=rate))]
+            [
+                way,
+                new,
+                old,
+                f"{rate:g}" if rate else "",
+                *cells(choose(runs, rate=rate)),
+            ]
         )
     titles = [
         *("way", f"new % at {COMMON_RATE:g}", f"old % at {COMMON_RATE:g}"),

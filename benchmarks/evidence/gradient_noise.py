@@ -2,19 +2,22 @@
 
     python benchmarks/evidence/gradient_noise.py
 
-Question: Neelakantan et al. report that a network of 20 hidden layers learns from weights
-that are all zero if Gaussian noise is added to its gradient, and does not otherwise.
+Question: Neelakantan et al. report that a network of 20 hidden layers learns from
+weights that are all zero if Gaussian noise is added to its gradient, and does not
+otherwise. Is it so?
 
-Set-up: 20 hidden layers of 50 ReLUs on two small sets of handwritten digits, plain SGD at
-two rates, 20 seeds each, so 40 runs per row as in the paper. The weights start at zero
-(zero), from N(0, 0.1^2) (simple) or from N(0, 2 / inputs) (good, as He et al., 2015); the
-biases start at zero. The global norm is clipped. The variance of the noise is
-eta / (1 + t)^0.55. The paper chooses eta among 0.01, 0.3 and 1.
+Set-up: 20 hidden layers of 50 ReLUs on two small sets of handwritten digits, 2,500 steps
+of 25 images of plain SGD at the rates 0.1 and 0.01, 20 seeds each, so 40 runs per row as
+in the paper. The weights start at zero (zero), from N(0, 0.1^2) (simple) or from
+N(0, 2 / inputs) (good, as He et al., 2015), the biases at zero. The global norm is
+clipped. The variance of the noise is eta / (1 + t)^0.55. The paper chooses eta among
+0.01, 0.3 and 1.
 
 Source: *Adding Gradient Noise Improves Learning for Very Deep Networks*, 2015,
 arXiv:1511.06807, section 4.1 and table 1. The paper trained on the whole of MNIST.
 """
 
+import itertools
 import math
 import sys
 from typing import Any, NamedTuple
@@ -35,6 +38,7 @@ from common import (
     main,
     markdown,
     mnist,
+    new_layer,
     stack,
     train,
 )
@@ -43,7 +47,7 @@ from matplotlib.figure import Figure
 import optloss
 
 DATA = {"digits": digits, "MNIST": mnist}
-LAYERS, WIDTH, CLASSES = 20, 50, 10
+WIDTH, CLASSES = 50, 10
 BATCH = 25
 ANNEALING = 0.55
 LEARNED = 0.5  # accuracy above which a run counts as having learned; chance is 0.1
@@ -54,25 +58,31 @@ class Plan(NamedTuple):
     """Which runs are made."""
 
     data: tuple[str, ...] = ("digits", "MNIST")
+    layers: int = 20
     rates: tuple[float, ...] = (0.1, 0.01)
     seeds: int = 20
     steps: int = 2500
     cells: tuple[tuple[str, float, float], ...] = (  # start, clip and eta
         *(("zero", 10, eta) for eta in (0, 0.01, 0.3, 1)),
-        *(("simple", clip, eta) for clip in (NONE, 100, 10) for eta in (0, 0.3)),
-        *(("good", 10, eta) for eta in (0, 0.3)),
+        *(("simple", clip, eta) for clip in (NONE, 100) for eta in (0, 0.01, 0.3)),
+        *(("simple", 10, eta) for eta in (0, 0.3)),
+        *(("good", 10, eta) for eta in (0, 0.01, 0.3)),
     )
 
 
 FULL = Plan()
 SHORT = Plan(
     data=("digits",),
+    layers=6,
     rates=(0.1,),
     seeds=10,
-    steps=2000,
+    steps=1000,
     cells=(("zero", 10, 0), ("zero", 10, 0.3)),
 )
-ONLY_ON_DIGITS = {("zero", 0.01), ("zero", 1), ("simple", NONE), ("simple", 100)}
+# MNIST takes as long as the digits: it has the rows that differ most.
+ON_MNIST = {
+    (start, 10, eta) for start in ("zero", "simple", "good") for eta in (0, 0.3)
+}
 
 # Best and mean accuracy over 40 runs in table 1, by start, clip and whether with noise.
 PAPER = {
@@ -89,17 +99,16 @@ PAPER = {
 }
 
 
-def new_params(key: jax.Array, std: jax.Array, good: jax.Array, pixels: int) -> Any:
+def new_params(
+    key: jax.Array, std: jax.Array, good: jax.Array, pixels: int, layers: int
+) -> Any:
     """Return the weights: of a given deviation, or where ``good`` of He et al.'s."""
-    sizes = [pixels, *[WIDTH] * LAYERS, CLASSES]
+    sizes = [pixels, *[WIDTH] * layers, CLASSES]
     params = {}
-    for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         scale = jnp.where(good, math.sqrt(2 / inputs), std)
-        normal = jax.random.normal(jax.random.fold_in(key, i), (inputs, outputs))
-        params[f"layer_{i:02}"] = {
-            "kernel": scale * normal,
-            "bias": jnp.zeros(outputs),
-        }
+        key_i = jax.random.fold_in(key, i)
+        params[f"layer_{i:02}"] = new_layer(key_i, inputs, outputs, scale)
     return params
 
 
@@ -120,14 +129,14 @@ def train_op(run: Any, noisy: bool) -> optloss.TrainOp:
 
 
 def final_accuracy(
-    images: Images, rows: list[Row], steps: int, title: str
+    images: Images, rows: list[Row], plan: Plan, title: str
 ) -> jax.Array:
     """Train the rows, either all with noise or all without; return ``[rows]``."""
     pixels, noisy = images.x.shape[1], rows[0]["eta"] > 0
 
     def start(run: Any) -> Any:
-        key = jax.random.fold_in(jax.random.key(run["seed"]), steps)
-        params = new_params(key, run["std"], run["good"], pixels)
+        key = jax.random.fold_in(jax.random.key(run["seed"]), plan.steps)
+        params = new_params(key, run["std"], run["good"], pixels, plan.layers)
         return train_op(run, noisy).init(params)
 
     def advance(
@@ -140,7 +149,7 @@ def final_accuracy(
     runs = stack(rows, "rate", "eta", "clip", "seed")
     runs["std"] = jnp.array([0.1 * (row["start"] == "simple") for row in rows])
     runs["good"] = jnp.array([row["start"] == "good" for row in rows])
-    state, _ = train(start, advance, runs, images, steps, title)
+    state, _ = train(start, advance, runs, images, plan.steps, title)
     return accuracies(state.params, images.x_test, images.y_test)
 
 
@@ -148,12 +157,7 @@ def measure(plan: Plan) -> list[Row]:
     """Return the accuracy of every run on the images held out."""
     rows = []
     for name in plan.data:
-        cells = [
-            cell
-            for cell in plan.cells
-            if name == "digits"
-            or not {(cell[0], cell[1]), (cell[0], cell[2])} & ONLY_ON_DIGITS
-        ]
+        cells = [c for c in plan.cells if name == "digits" or c in ON_MNIST]
         every = [
             {"data": name, "start": start, "clip": float(clip), "eta": float(eta)} | row
             for start, clip, eta in cells
@@ -162,7 +166,7 @@ def measure(plan: Plan) -> list[Row]:
         for noisy in (False, True):
             some = [row for row in every if (row["eta"] > 0) == noisy]
             title = f"{name}, {'with' if noisy else 'without'} noise"
-            found = final_accuracy(DATA[name](), some, plan.steps, title)
+            found = final_accuracy(DATA[name](), some, plan, title)
             rows += [
                 row | {"accuracy": got} for row, got in zip(some, found, strict=True)
             ]
@@ -218,9 +222,7 @@ def table(rows: list[Row]) -> str:
 def draw(rows: list[Row], figure: Figure) -> None:
     """Draw a point per run at the larger rate, without and with noise."""
     axes = figure.subplots()
-    cells = [
-        (cell, runs) for cell, runs in cells_of(rows) if cell["eta"] in (0, 0.3)
-    ]
+    cells = [(cell, runs) for cell, runs in cells_of(rows) if cell["eta"] in (0, 0.3)]
     groups = list(
         dict.fromkeys((c["data"], c["start"], c["clip"] or NONE) for c, _ in cells)
     )
@@ -244,7 +246,9 @@ def draw(rows: list[Row], figure: Figure) -> None:
     axes.axvline(10, color="black", linestyle=":", linewidth=1)
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy on held-out digits, %")
-    axes.legend(loc="center right")
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2
+    )
     axes.set_title("20 hidden layers, SGD at 0.1, a dot per seed")
 
 

@@ -8,14 +8,15 @@ optimizers, and does it cost accuracy?
 
 Set-up: a network of two hidden layers of 64 ReLUs reads scikit-learn's digits for 1,500
 steps of 32 images. It is trained three times: with float32 parameters, with bfloat16
-parameters, and with float32 parameters that the loss casts to bfloat16 (kept in float32).
-Each at the optimizer's own rate and at a tenth of it, with ten seeds. An element counts
-as unmoved at a step if it has the same value after it; inputs that are black in every
-image of a batch have a gradient of exactly 0, so float32 parameters are the baseline.
+parameters, and with float32 parameters that the loss casts to bfloat16 (kept in
+float32). Each at the optimizer's own rate and at a tenth of it, with ten seeds. An
+element counts as unmoved at a step if it has the same value after it. Weights of a pixel
+that is 0 in a whole batch have a gradient of 0, so float32 parameters are the baseline.
 
 Source: no paper's table. The rates are those that train the float32 network well.
 """
 
+import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from common import (
     grid,
     main,
     markdown,
+    new_layer,
     spread,
     stack,
     train,
@@ -79,14 +81,10 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 def new_params(key: jax.Array) -> Any:
     """Return He et al.'s weights."""
-    params = {}
-    for i, (inputs, outputs) in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True)):
-        normal = jax.random.normal(jax.random.fold_in(key, i), (inputs, outputs))
-        params[f"layer_{i}"] = {
-            "kernel": jnp.sqrt(2 / inputs) * normal,
-            "bias": jnp.zeros(outputs),
-        }
-    return params
+    return {
+        f"layer_{i}": new_layer(jax.random.fold_in(key, i), *sizes)
+        for i, sizes in enumerate(itertools.pairwise(SIZES))
+    }
 
 
 def unmoved(before: Any, after: Any) -> jax.Array:
@@ -112,9 +110,7 @@ def train_form(name: str, form: str, rows: list[Row], steps: int) -> Row:
         params = new_params(jax.random.key(run["seed"]))
         return train_op(run).init(cast(params, stored))
 
-    def advance(
-        run: Any, state: Any, step: jax.Array, data: Any
-    ) -> tuple[Any, Any]:
+    def advance(run: Any, state: Any, step: jax.Array, data: Any) -> tuple[Any, Any]:
         x, y = data
         seen = batch_of(run["seed"], step, BATCH, len(y))
         after, output = train_op(run).update(state, x[seen], y[seen])
@@ -158,7 +154,8 @@ def table(rows: list[Row]) -> str:
         for factor in sorted({row["factor"] for row in rows}, reverse=True):
             runs = choose(rows, optimizer=name, factor=factor)
             forms = [
-                choose(runs, form=form) for form in dict.fromkeys(r["form"] for r in runs)
+                choose(runs, form=form)
+                for form in dict.fromkeys(r["form"] for r in runs)
             ]
             lines.append(
                 [
