@@ -180,7 +180,7 @@ def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
 
     def advance(
         run: Any, state: Any, step: jax.Array, text: jax.Array
-    ) -> tuple[Any, jax.Array]:
+    ) -> tuple[Any, Any]:
         batch = batch_at(run, text, step)
         state, output = train_op(run, clip).update(state, *batch)
         return state, output.summaries["global_norm/gradient_norm"]

@@ -35,7 +35,12 @@ TABLES = ROOT / "docs" / "tables"
 PICTURES = ROOT / "docs" / "_static"
 PARTS = 20  # of a training, between which the progress bar moves
 # A page may show the pictures 400 pixels wide.
-LEGIBLE = {"font.size": 13, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120}
+LEGIBLE: Any = {
+    "font.size": 13,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "savefig.dpi": 120,
+}
 
 Row = dict[str, Any]
 Tree = Any
@@ -74,7 +79,7 @@ class Images(NamedTuple):
 def split(x: np.ndarray, y: np.ndarray, held_out: int) -> Images:
     """Return the images in a fixed random order, ``held_out`` of them apart."""
     order = np.random.default_rng(0).permutation(len(y))
-    images, labels = np.float32(x[order]), np.int32(y[order])
+    images, labels = x[order].astype(np.float32), y[order].astype(np.int32)
     parts = images[held_out:], labels[held_out:], images[:held_out], labels[:held_out]
     return Images(*map(jnp.asarray, parts))
 

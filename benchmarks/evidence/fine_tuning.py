@@ -12,9 +12,9 @@ and scored by the mean of two accuracies on images held out: that of the new dig
 that of the old ones, among all ten answers. Half of the seeds choose the rate of each
 way, the others give the figures.
 
-Source: Howard and Ruder, *Universal Language Model Fine-tuning for Text Classification*,
-2018, arXiv:1801.06146, section 3.2, for layer-wise rates. They fine-tune a language
-model on text, so there is no figure of theirs to compare with.
+Source: Howard and Ruder, *Universal Language Model Fine-tuning for Text
+Classification*, 2018, arXiv:1801.06146, section 3.2, for layer-wise rates. They
+fine-tune a language model on text, so there is no figure of theirs to compare with.
 """
 
 import sys
@@ -180,7 +180,8 @@ def best_rate(rows: list[Row]) -> float:
     """Return the rate of the best mean score over the even seeds."""
     choosing = [row for row in rows if row["seed"] % 2 == 0]
     rates = sorted({row["rate"] for row in rows})
-    return max(rates, key=lambda rate: score(choose(choosing, rate=rate)).mean())
+    scores = [float(score(choose(choosing, rate=rate)).mean()) for rate in rates]
+    return float(rates[np.argmax(scores)])
 
 
 def table(rows: list[Row]) -> str:

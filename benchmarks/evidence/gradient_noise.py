@@ -6,9 +6,9 @@ Question: Neelakantan et al. report that a network of 20 hidden layers learns fr
 weights that are all zero if Gaussian noise is added to its gradient, and does not
 otherwise. Is it so?
 
-Set-up: 20 hidden layers of 50 ReLUs on two small sets of handwritten digits, 2,500 steps
-of 25 images of plain SGD at the rates 0.1 and 0.01, 20 seeds each, so 40 runs per row as
-in the paper. The weights start at zero (zero), from N(0, 0.1^2) (simple) or from
+Set-up: 20 hidden layers of 50 ReLUs on two small sets of handwritten digits, 2,500
+steps of 25 images of plain SGD at the rates 0.1 and 0.01, 20 seeds each, so 40 runs per
+row as in the paper. The weights start at zero (zero), from N(0, 0.1^2) (simple) or from
 N(0, 2 / inputs) (good, as He et al., 2015), the biases at zero. The global norm is
 clipped. The variance of the noise is eta / (1 + t)^0.55. The paper chooses eta among
 0.01, 0.3 and 1.
@@ -53,6 +53,13 @@ ANNEALING = 0.55
 LEARNED = 0.5  # accuracy above which a run counts as having learned; chance is 0.1
 NONE = math.inf  # the bound that clips nothing
 
+CELLS = [  # start, clip and eta
+    *(("zero", 10, eta) for eta in (0, 0.01, 0.3, 1)),
+    *(("simple", clip, eta) for clip in (NONE, 100) for eta in (0, 0.01, 0.3)),
+    *(("simple", 10, eta) for eta in (0, 0.3)),
+    *(("good", 10, eta) for eta in (0, 0.01, 0.3)),
+]
+
 
 class Plan(NamedTuple):
     """Which runs are made."""
@@ -62,12 +69,7 @@ class Plan(NamedTuple):
     rates: tuple[float, ...] = (0.1, 0.01)
     seeds: int = 20
     steps: int = 2500
-    cells: tuple[tuple[str, float, float], ...] = (  # start, clip and eta
-        *(("zero", 10, eta) for eta in (0, 0.01, 0.3, 1)),
-        *(("simple", clip, eta) for clip in (NONE, 100) for eta in (0, 0.01, 0.3)),
-        *(("simple", 10, eta) for eta in (0, 0.3)),
-        *(("good", 10, eta) for eta in (0, 0.01, 0.3)),
-    )
+    cells: tuple[tuple[str, float, float], ...] = tuple(CELLS)
 
 
 FULL = Plan()
@@ -158,7 +160,7 @@ def measure(plan: Plan) -> list[Row]:
     rows = []
     for name in plan.data:
         cells = [c for c in plan.cells if name == "digits" or c in ON_MNIST]
-        every = [
+        every: list[Row] = [
             {"data": name, "start": start, "clip": float(clip), "eta": float(eta)} | row
             for start, clip, eta in cells
             for row in grid(rate=plan.rates, seed=range(plan.seeds))
@@ -191,9 +193,9 @@ def table(rows: list[Row]) -> str:
     lines = []
     for cell, runs in cells_of(rows):
         clip = cell["clip"] or NONE
-        best, mean = "", ""
+        paper: tuple[object, object] = ("", "")
         if cell["eta"] in (0, 0.3):
-            best, mean = PAPER[cell["start"], clip, cell["eta"] > 0]
+            paper = PAPER[cell["start"], clip, cell["eta"] > 0]
         found = 100 * column(runs, "accuracy")
         fast = choose(runs, rate=0.1)
         learned = sum(row["accuracy"] > LEARNED for row in fast)
@@ -207,8 +209,7 @@ def table(rows: list[Row]) -> str:
                 f"{found.mean():.1f}",
                 f"{learned} of {len(fast)}",
                 f"{low:.1f} to {high:.1f}",
-                best,
-                mean,
+                *paper,
             ]
         )
     titles = [

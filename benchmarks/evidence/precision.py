@@ -10,8 +10,9 @@ Set-up: a network of two hidden layers of 64 ReLUs reads scikit-learn's digits f
 steps of 32 images. It is trained three times: with float32 parameters, with bfloat16
 parameters, and with float32 parameters that the loss casts to bfloat16 (kept in
 float32). Each at the optimizer's own rate and at a tenth of it, with ten seeds. An
-element counts as unmoved at a step if it has the same value after it. Weights of a pixel
-that is 0 in a whole batch have a gradient of 0, so float32 parameters are the baseline.
+element counts as unmoved at a step if it has the same value after it. Weights of a
+pixel that is 0 in a whole batch have a gradient of 0, so float32 parameters are the
+baseline.
 
 Source: no paper's table. The rates are those that train the float32 network well.
 """
