@@ -80,7 +80,7 @@ SHORT = Plan(
     ways=("one rate for all", "body frozen", "gradient of the body times 0.1"),
     rates=(1e-3,),
     seeds=10,
-    first_steps=400,
+    first_steps=300,
 )
 COMMON_RATE = 1e-3  # at which the ways are compared, too
 

@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 FULL = Plan()
 SHORT = Plan(
-    optimizers=("SGD", "Adam"), forms=(FLOAT32, BFLOAT16), factors=(0.1,), steps=200
+    optimizers=("Adam",), forms=(FLOAT32, BFLOAT16), factors=(0.1,), steps=200
 )
 
 
