@@ -70,9 +70,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan()
-SHORT = Plan(
-    optimizers=("Adam",), forms=(FLOAT32, BFLOAT16), factors=(0.1,), steps=200
-)
+SHORT = Plan(optimizers=("Adam",), forms=(FLOAT32, BFLOAT16), factors=(0.1,), steps=200)
 
 
 def cast(tree: Any, dtype: Any) -> Any:
