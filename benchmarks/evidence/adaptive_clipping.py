@@ -25,6 +25,7 @@ arXiv:2504.02507.
 import math
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pydoc_data import topics
 from typing import Any, NamedTuple
 
@@ -67,7 +68,11 @@ CLIPS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adagc": optloss.adagc,
 }
 # The bound, and whether spikes are skipped.
-SKIPS = {"skip_spikes": math.inf, "skip_spikes and bound 1": 1.0}
+SKIPS = {
+    "skip_spikes": math.inf,
+    "skip_spikes and bound 1": 1.0,
+    "skip_spikes and bound 10": 10.0,
+}
 
 
 class Plan(NamedTuple):
@@ -82,10 +87,10 @@ class Plan(NamedTuple):
 
 FULL = Plan()
 SHORT = Plan(
-    clips=("bound 1", "none", "adaptive_clipping, previous"),
-    rates=(1.0,),
-    corrupted=(0.01,),
-    steps=300,
+    clips=("none", "bound 1", "autoclip"),
+    rates=(0.25,),
+    corrupted=(0.05,),
+    steps=200,
 )
 
 
@@ -239,12 +244,14 @@ def table(rows: list[Row]) -> str:
                 lost = diverged(some)
                 text = spread(column(some, "loss")[~lost], 2)
                 cells.append(f"{text} ({lost.sum()})" if lost.any() else text)
-            shares = [100 * column(runs, name) for name in ("clipped", "skipped")]
-            cells += [f"{share.mean():.1f}" for share in shares]
+            kept = ~diverged(runs)
+            for name in ("clipped", "skipped"):
+                share = 100 * column(runs, name)[kept]
+                cells.append(f"{share.mean():.1f}" if kept.any() else "-")
             lines.append([f"`{clip}`" if clip not in FIXED else clip, *cells])
         titles = [
             "clip",
-            *(f"{rate / TUNED:g} times the rate" for rate in rates),
+            *(f"rate x {Fraction(rate / TUNED)}" for rate in rates),
             "clipped %",
             "skipped %",
         ]
