@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import optax
 from common import (
@@ -72,6 +73,14 @@ SKIPS = {
     "skip_spikes": math.inf,
     "skip_spikes and bound 1": 1.0,
     "skip_spikes and bound 10": 10.0,
+}
+
+SHORTER = {  # in the picture
+    "adaptive_clipping, current": "adaptive, current",
+    "adaptive_clipping, previous": "adaptive, previous",
+    "adaptive_clipping, previous, at most 10": "adaptive, at most 10",
+    "skip_spikes and bound 1": "skip_spikes, bound 1",
+    "skip_spikes and bound 10": "skip_spikes, bound 10",
 }
 
 
@@ -261,46 +270,38 @@ def table(rows: list[Row]) -> str:
     return "".join(texts).rstrip("\n") + "\n"
 
 
+def median_loss(rows: list[Row]) -> float:
+    """Return the median loss, NaN if half of the runs diverged or more."""
+    lost = diverged(rows)
+    losses = np.where(lost, np.inf, column(rows, "loss"))
+    return float(np.median(losses)) if lost.mean() < 0.5 else math.nan
+
+
 def draw(rows: list[Row], figure: Figure) -> None:
-    """Draw the median loss of each clip against the rate."""
-    rates = sorted({row["rate"] for row in rows})
-    panels = sorted({row["corrupted"] for row in rows})
+    """Draw the median loss of each clip at each rate; black where half diverged."""
     clips = list(dict.fromkeys(row["clip"] for row in rows))
-    for axes, corrupted in zip(
-        np.ravel(figure.subplots(1, len(panels), sharey=True, squeeze=False)),
-        panels,
-        strict=True,
-    ):
-        for i, clip in enumerate(clips):
-            medians = [
-                np.median(
-                    np.nan_to_num(
-                        column(
-                            choose(rows, clip=clip, corrupted=corrupted, rate=rate),
-                            "loss",
-                        ),
-                        nan=np.inf,
-                    )
-                )
+    rates = sorted({row["rate"] for row in rows})
+    shares = sorted({row["corrupted"] for row in rows})
+    colours = mpl.colormaps["viridis_r"].with_extremes(bad="black")
+    panels = figure.subplots(1, len(shares), sharey=True)
+    for axes, corrupted in zip(panels, shares, strict=True):
+        medians = [
+            [
+                median_loss(choose(rows, clip=clip, rate=rate, corrupted=corrupted))
                 for rate in rates
             ]
-            axes.loglog(
-                [rate / TUNED for rate in rates],
-                np.minimum(medians, 20),
-                "s--" if clip in FIXED else "o-" if clip in CLIPS else "^:",
-                color=f"C{i % 10}",
-                label=clip,
-            )
-        axes.axhline(GUESSING, color="black", linewidth=1)
-        axes.set_xticks([rate / TUNED for rate in rates], [f"{r:g}" for r in rates])
-        axes.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
-        axes.minorticks_off()
-        axes.set_xlabel("learning rate / tuned")
+            for clip in clips
+        ]
+        image = axes.imshow(medians, colours, aspect="auto", vmin=2.1, vmax=3.2)
+        axes.grid(visible=False)
+        axes.set_xticks(
+            range(len(rates)), [str(Fraction(rate / TUNED)) for rate in rates]
+        )
+        axes.set_xlabel("rate / tuned rate")
         axes.set_title(f"{100 * corrupted:g} % corrupted" if corrupted else "clean")
-    axes.figure.axes[0].set_ylabel("held-out loss, nats per character")
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2
-    )
+    panels[0].set_yticks(range(len(clips)), [SHORTER.get(clip, clip) for clip in clips])
+    bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.6, aspect=30)
+    bar.set_label("loss, nats per character; black: half diverged")
 
 
 if __name__ == "__main__":
