@@ -54,7 +54,7 @@ RATES = {
     "Adam": 0.002,
     "Adagrad": 0.05,
     "RMSProp": 0.002,
-    "Ftrl": 0.5,
+    "Ftrl": 0.1,
 }
 FLOAT32, BFLOAT16, KEPT = "float32", "bfloat16", "kept in float32"
 
