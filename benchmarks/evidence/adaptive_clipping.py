@@ -74,7 +74,7 @@ SKIPS = {
     "skip_spikes and bound 1": 1.0,
     "skip_spikes and bound 10": 10.0,
 }
-
+GUARDED = "with skip_spikes"  # the kind of these
 SHORTER = {  # in the picture
     "adaptive_clipping, current": "adaptive, current",
     "adaptive_clipping, previous": "adaptive, previous",
@@ -149,10 +149,10 @@ def loss(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels.T).mean()
 
 
-def train_op(run: Any, clip: str) -> optloss.TrainOp:
+def train_op(run: Any, kind: str) -> optloss.TrainOp:
     """Return the training step of a run, whose settings may be traced."""
-    if clip in CLIPS:
-        transform = CLIPS[clip]()
+    if kind in CLIPS:
+        transform = CLIPS[kind]()
     else:
         transform = optloss.clip_by_global_norm(run["bound"])
     return optloss.optimize_loss(
@@ -161,7 +161,7 @@ def train_op(run: Any, clip: str) -> optloss.TrainOp:
         learning_rate=run["rate"],
         optimizer="SGD",
         clip_gradients=transform,
-        skip_spikes=True if clip in SKIPS else None,
+        skip_spikes=True if kind == GUARDED else None,
         summaries=["global_gradient_norm"],
         name="",
     )
@@ -184,19 +184,26 @@ def batch_at(run: Any, text: jax.Array, step: jax.Array) -> tuple[jax.Array, ...
     return inputs, jnp.where(bad, shuffled, labels), jnp.where(bad, CORRUPTED, 1.0)
 
 
-def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
-    """Train the rows, whose clips have one kind of state, and return what they gave."""
+def kind_of(clip: str) -> str:
+    """Return what a clip shares its program with: bounds differ in a number alone."""
+    if clip in CLIPS:
+        return clip
+    return GUARDED if clip in SKIPS else "fixed bounds"
+
+
+def train_kind(kind: str, rows: list[Row], steps: int) -> list[Row]:
+    """Train the rows, whose clips are of one kind, and return what they gave."""
     held_out, text = jnp.asarray(TEXT[:HELD_OUT]), jnp.asarray(TEXT[HELD_OUT:])
 
     def start(run: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(run["seed"]), steps)
-        return train_op(run, clip).init(new_params(key))
+        return train_op(run, kind).init(new_params(key))
 
     def advance(
         run: Any, state: Any, step: jax.Array, text: jax.Array
     ) -> tuple[Any, Any]:
         batch = batch_at(run, text, step)
-        state, output = train_op(run, clip).update(state, *batch)
+        state, output = train_op(run, kind).update(state, *batch)
         return state, output.summaries["global_norm/gradient_norm"]
 
     def result(state: Any) -> Row:
@@ -209,7 +216,7 @@ def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
         }
 
     runs = stack(rows, "rate", "corrupted", "bound", "seed")
-    state, norms = train(start, advance, runs, text, steps, clip)
+    state, norms = train(start, advance, runs, text, steps, kind)
     found = jax.device_get(jax.jit(jax.vmap(result))(state))
     found["largest_norm"] = norms.max(axis=1)
     return [
@@ -220,16 +227,20 @@ def train_clip(clip: str, rows: list[Row], steps: int) -> list[Row]:
 
 def measure(plan: Plan) -> list[Row]:
     """Return each run's loss, and the shares of its updates clipped and skipped."""
+    settings = grid(
+        corrupted=plan.corrupted,
+        rate=[TUNED * rate for rate in plan.rates],
+        seed=range(plan.seeds),
+    )
     rows = []
-    for clip in plan.clips:
-        bound = (FIXED | SKIPS).get(clip, math.inf)
-        settings = grid(
-            corrupted=plan.corrupted,
-            rate=[TUNED * rate for rate in plan.rates],
-            seed=range(plan.seeds),
-        )
-        runs = [{"clip": clip, "bound": bound} | row for row in settings]
-        rows += train_clip(clip, runs, plan.steps)
+    for kind in dict.fromkeys(kind_of(clip) for clip in plan.clips):
+        runs = [
+            {"clip": clip, "bound": (FIXED | SKIPS).get(clip, math.inf)} | row
+            for clip in plan.clips
+            if kind_of(clip) == kind
+            for row in settings
+        ]
+        rows += train_kind(kind, runs, plan.steps)
     return rows
 
 

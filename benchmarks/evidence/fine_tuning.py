@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
 FULL = Plan()
 SHORT = Plan(
-    ways=("one rate for all", "body frozen", "gradient of the body times 0.1"),
+    ways=("one rate for all", "body frozen"),
     rates=(1e-3,),
     seeds=10,
     first_steps=300,

@@ -75,10 +75,10 @@ class Plan(NamedTuple):
 FULL = Plan()
 SHORT = Plan(
     data=("digits",),
-    layers=4,
+    layers=3,
     rates=(0.1,),
     seeds=10,
-    steps=500,
+    steps=400,
     cells=(("zero", 10, 0), ("zero", 10, 0.3)),
 )
 # MNIST takes as long as the digits: it has the rows that differ most.
