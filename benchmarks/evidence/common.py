@@ -114,7 +114,7 @@ def new_layer(
 
 
 def forward(params: Tree, x: jax.Array) -> jax.Array:
-    """Return the logits of a network of ReLUs, its layers in the order of the dict."""
+    """Return the logits of a network of ReLUs; JAX sorts its layers by name."""
     *hidden, last = params.values()
     for layer in hidden:
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])

@@ -176,7 +176,7 @@ def measure(plan: Plan) -> list[Row]:
 
 
 def cells_of(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
-    """Return the rows of each cell, behind what they have in common."""
+    """Return what the rows of each cell have in common, and these rows."""
     keys = ("data", "start", "clip", "eta")
     names = [tuple(row[key] for key in keys) for row in rows]
     order = {"zero": 0, "simple": 1, "good": 2}
