@@ -26,6 +26,7 @@ PAIRS = [
     nox.param("3.12", NEWEST, id="py3.12-newest"),
     nox.param("3.13", NEWEST, id="py3.13-newest"),
 ]
+EVIDENCE = ["gradient_noise", "adaptive_clipping", "fine_tuning", "precision"]
 LINES, BRANCHES = 99.0, 97.0
 # A worker keeps the tests of a file together, which share what they compile.
 IN_TWO = ("-n", "2", "--dist", "worksteal")
@@ -140,6 +141,17 @@ def bench(session: nox.Session) -> None:
     session.install("-e", ".", *groups("bench"))
     for script in session.posargs or sorted(Path("benchmarks").glob("bench_*.py")):
         session.run("python", str(script))
+
+
+@nox.session
+def evidence(session: nox.Session) -> None:
+    """Train what docs/evidence.md reports: all, or the scripts named after ``--``."""
+    session.install("-e", ".", *groups("evidence"))
+    scripts = Path("benchmarks", "evidence")
+    flags = [word for word in session.posargs if word.startswith("-")]
+    names = [word for word in session.posargs if word not in flags]
+    for name in names or EVIDENCE:
+        session.run("python", str(scripts / f"{name}.py"), *flags)
 
 
 @nox.session
