@@ -316,9 +316,7 @@ def test_a_state_that_is_gone_or_another_op_s_is_said_to_be():
     with pytest.raises(ValueError, match=r"^op.restore\(state\): this state was given"):
         op.restore(held)
     other = optimize_loss(Net(), loss, **BASE, clip_gradients=1.0)
-    with pytest.raises(
-        ValueError, match=r"another op\. Its opt_state"
-    ) as said:
+    with pytest.raises(ValueError, match=r"another op\. Its opt_state") as said:
         op.restore(other.state)
     assert len(str(said.value)) < 400
     assert "op.train_op.adopt(state)" in str(said.value)
