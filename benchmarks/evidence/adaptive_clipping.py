@@ -75,7 +75,7 @@ SKIPS = {
     "skip_spikes and bound 10": 10.0,
 }
 GUARDED = "with skip_spikes"  # the kind of these
-SHORTER = {  # in the picture
+SHORTER = {  # in the table and the picture
     "adaptive_clipping, current": "adaptive, current",
     "adaptive_clipping, previous": "adaptive, previous",
     "adaptive_clipping, previous, at most 10": "adaptive, at most 10",
@@ -268,10 +268,10 @@ def table(rows: list[Row]) -> str:
             for name in ("clipped", "skipped"):
                 share = 100 * column(runs, name)[kept]
                 cells.append(f"{share.mean():.1f}" if kept.any() else "-")
-            lines.append([f"`{clip}`" if clip not in FIXED else clip, *cells])
+            lines.append([SHORTER.get(clip, clip), *cells])
         titles = [
             "clip",
-            *(f"rate x {Fraction(rate / TUNED)}" for rate in rates),
+            *(f"x {Fraction(rate / TUNED)}" for rate in rates),
             "clipped %",
             "skipped %",
         ]

@@ -224,7 +224,8 @@ def spread(values: np.ndarray, digits: int) -> str:
     """Return mean and standard deviation as text; a dash if there is no value."""
     if not len(values):
         return "-"
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+    # Spaces at which no line breaks: a cell keeps its figure on one.
+    return f"{values.mean():.{digits}f}\u00a0±\u00a0{values.std():.{digits}f}"
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
