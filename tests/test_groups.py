@@ -497,9 +497,16 @@ def test_the_table_names_optimizer_and_rate():
     rows = [re.split(r"  +", line) for line in text.splitlines()]
     assert rows == [
         ["parameter", "shape", "dtype", "trained", "optimizer", "rate"],
-        ["body/bias", "3", "float32", "trained", "...weight_decay=0.0)", "0.1"],
+        [
+            "body/bias",
+            "3",
+            "float32",
+            "trained",
+            "optax.adamw(weight_decay=0.0)",
+            "0.1",
+        ],
         ["body/kernel", "2x3", "float32", "frozen"],
-        ["head/bias", "2", "float32", "trained", "...(identity, scale)", "own"],
+        ["head/bias", "2", "float32", "trained", "optax.chain(identity, scale)", "own"],
         ["head/kernel", "3x2", "float32", "trained", "optax.sgd", "0.2"],
     ]
 
