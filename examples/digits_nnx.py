@@ -43,6 +43,13 @@ def loss(model, images, labels):
     return losses.mean()
 
 
+def evaluate(model, images, labels):
+    model.eval()  # BatchNorm uses its statistics, Dropout drops nothing
+    accuracy = np.mean(model(images).argmax(-1) == labels)
+    model.train()
+    return accuracy
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train on digits, with Flax nnx.")
     parser.add_argument("--steps", type=int, default=400)
@@ -71,11 +78,9 @@ def main(argv=None):
         output = op(images[batch], labels[batch])
         if step % 100 == 0 or step == steps - 1:
             norm = optloss.get_summaries(op.state)["global_norm/gradient_norm"]
+            accuracy = evaluate(model, images[:held_out], labels[:held_out])
             print(f"step {step:4}: loss {output.loss:.3f}, gradient norm {norm:.3f}")
-
-    model.eval()
-    accuracy = np.mean(model(images[:held_out]).argmax(-1) == labels[:held_out])
-    print(f"held-out accuracy: {accuracy:.1%}")
+            print(f"           held-out accuracy: {accuracy:.1%}")
     return accuracy
 
 
