@@ -189,7 +189,10 @@ def _replaced(base: PyTree, new: Mapping[str | None, Scalar]) -> PyTree:
     return base if base is None else _beside(base, new[None])
 
 
-def _beside(old: jax.Array, value: Scalar) -> jax.Array:
+def _beside(old: PyTree, value: Scalar) -> jax.Array:
+    if hasattr(old, "get_value"):  # the Variable that an nnx.Optimizer wraps it in
+        beside: jax.Array = old.replace(_beside(old.get_value(), value))
+        return beside
     if value is old and is_array(old):
         return old
     return put_like(jnp.array(value, old.dtype, copy=True), old)

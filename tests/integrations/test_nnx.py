@@ -320,3 +320,25 @@ def test_a_state_that_is_gone_or_another_op_s_is_said_to_be():
         op.restore(other.state)
     assert len(str(said.value)) < 400
     assert "op.train_op.adopt(state)" in str(said.value)
+
+
+@pytest.mark.parametrize("rate", [0.1, {"kernel": 0.1, "**": 0.1}])
+def test_the_rate_of_an_nnx_optimizer_is_set_in_its_state(rate):
+    model, traces = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), []
+    tx = optloss.make_optimizer(rate, "sgd")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        traces.append(None)
+        optimizer.update(model, nnx.grad(loss)(model, X, Y[:, None]))
+
+    step(model, optimizer)
+    before = everything(model)
+    optimizer.opt_state = optloss.set_learning_rate(optimizer.opt_state, 0.0)
+    step(model, optimizer)
+    assert_same(everything(model), before)
+    optimizer.opt_state = optloss.set_learning_rate(optimizer.opt_state, 0.1)
+    step(model, optimizer)
+    assert any(map(np.any, np.subtract(everything(model)[0], before[0])))
+    assert len(traces) == 1
