@@ -111,7 +111,10 @@ CLIP = (
     "must be a real number >= 0 (inf only measures), a 0-d array, a transformation "
     "such as adaptive_clipping(), or a function of (gradient, variable) pairs."
 )
-DECAY = "must be a function (learning_rate, step) -> rate."
+DECAY = (
+    "must be a function (learning_rate, step) -> rate; bind other arguments with "
+    "functools.partial, and pass a schedule as learning_rate."
+)
 OPS = "must be a list of functions op(model_state, context) -> model_state."
 OP = "must be a function op(model_state, context) -> model_state"
 VARIABLES = (

@@ -41,9 +41,9 @@ BRACKETS: dict[type, tuple[str, str]] = {
 }
 
 
-def short_repr(value: object) -> str:
+def short_repr(value: object, most: int = MOST_SHOWN) -> str:
     """Return a short text: arrays by dtype and shape, functions by their names."""
-    return _cut(" ".join(_words(value, 0).split()), MOST_SHOWN)
+    return _cut(" ".join(_words(value, 0).split()), most)
 
 
 def short_text(text: str) -> str:

@@ -20,6 +20,7 @@ from optloss.hyperparams import INJECTED, keeps_first_rate
 from optloss.knobs import SCHEDULE, check_scalar, is_schedule
 from optloss.made_by import name_of
 from optloss.messages import (
+    MOST_SHOWN,
     argument_error,
     check_callable,
     check_int,
@@ -134,7 +135,10 @@ def optimizer_stage(call: str, given: Given) -> Stage:
     rates, optimizer = given["learning_rate"], given["optimizer"]
     decay_fn = given["learning_rate_decay_fn"]
     if decay_fn is not None:
-        wanted = "a function (learning_rate, step) -> rate"
+        wanted = (
+            "a function (learning_rate, step) -> rate; bind other arguments with "
+            "functools.partial, and pass a schedule as learning_rate"
+        )
         check_callable(call, "learning_rate_decay_fn", decay_fn, 2, wanted)
     _check_keys(call, "optimizer", optimizer)
     if decay_fn is not None and rates is not None:
@@ -174,7 +178,11 @@ def _rate_text(rates: LearningRate, decay_fn: DecayFn | None) -> str:
         text = "{" + ", ".join(f"{key!r}: {rate}" for key, rate in pairs) + "}"
     else:
         text = "its own rate" if rates is None else short_repr(rates)
-    return text if decay_fn is None else f"{text} decayed by {short_repr(decay_fn)}"
+    return (
+        text
+        if decay_fn is None
+        else f"{text} decayed by {short_repr(decay_fn, 2 * MOST_SHOWN)}"
+    )
 
 
 def _warn_of_own_rates(call: str, optimizer: object) -> None:
