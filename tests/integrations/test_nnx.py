@@ -342,3 +342,13 @@ def test_the_rate_of_an_nnx_optimizer_is_set_in_its_state(rate):
     step(model, optimizer)
     assert any(map(np.any, np.subtract(everything(model)[0], before[0])))
     assert len(traces) == 1
+
+
+def test_a_loss_that_takes_other_arguments_is_told_of():
+    op = optimize_loss(Net(), loss, **BASE)
+    words = "the loss loss(model, x, y) cannot be called with (model) and 1 positional"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        op(X)
+    words = "cannot be called with (model, z=...) and 2 positional arguments more."
+    with pytest.raises(ValueError, match=re.escape(words)):
+        op(X, Y, z=1.0)

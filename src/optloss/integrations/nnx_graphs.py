@@ -19,7 +19,15 @@ import jax
 import numpy as np
 from flax import errors, nnx
 
-from optloss.messages import listing, quoted, refusal, short_text
+from optloss.messages import (
+    listing,
+    quoted,
+    refusal,
+    short_repr,
+    short_text,
+    signature_of,
+    takes,
+)
 from optloss.typing import PyTree
 
 Path: TypeAlias = tuple[int | str, ...]
@@ -117,6 +125,13 @@ class Graph:
         nodes = nnx.unflatten(self.graphdef, [values[place] for place in self.places])
         model, *objects = nodes
         args, kwargs = _with_objects(arguments, objects)
+        if not takes(loss, 1 + len(args), keywords=tuple(kwargs)):
+            names = ", ".join(("model", *(f"{name}=..." for name in kwargs)))
+            raise refusal(
+                CALL,
+                f"the loss {short_repr(loss)}{signature_of(loss)} cannot be called "
+                f"with ({names}) and {len(args)} positional arguments more.",
+            )
         try:
             result = loss(model, *args, **kwargs)
         except errors.TraceContextError as error:
