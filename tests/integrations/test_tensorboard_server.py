@@ -29,9 +29,7 @@ SCALARS = {
     "OptimizeLoss/global_norm/clipped_gradient_norm",
     "OptimizeLoss/gradient_norm/w",
     "OptimizeLoss/gradient_norm/b",
-    "learning_rate",
-    "global_norm/gradient_norm",
-    "global_norm/clipped_gradient_norm",
+    # The rate and the norms, of which the state tells as well, once.
     "clip_factor",
     "clipped_share",
     "global_norm/adaptive_max_gradient_norm",
