@@ -531,3 +531,38 @@ def test_a_model_of_nnx_is_grouped_by_the_same_names():
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, nnx.grad(lambda m: jnp.sum(m.bias[...]))(model))
     assert optloss.get_summaries(optimizer)["learning_rate/bias"] == 0.5
+
+
+HALF, WHOLE = optax.sgd(0.25), optax.sgd(0.5)  # of a gradient of 2 w
+
+
+@pytest.mark.parametrize("pack_small_leaves", [0, 10])
+@pytest.mark.parametrize(
+    ("rates", "optimizers", "w", "b"),
+    [
+        ({"w": 0.1, "**": 0.2}, HALF, 0.125, 0.125),
+        ({"w": None, "**": None}, lambda: HALF, 0.125, 0.125),
+        (None, {"w": lambda: WHOLE, "**": lambda: HALF}, 0.0, 0.125),
+        (None, {"w": WHOLE, "**": lambda: HALF}, 0.0, 0.125),
+        ({"w": None, "**": 0.1}, {"w": lambda: WHOLE, "**": "sgd"}, 0.0, 0.512),
+        ({"w": 0.1, "**": 0.1}, {"w": WHOLE, "**": "sgd"}, 0.0, 0.512),
+    ],
+    ids=[
+        "an instance", "a function", "functions", "both", "one and a name",
+        "an instance and a name",
+    ],
+)  # fmt: skip
+def test_own_rates_stay_own(rates, optimizers, w, b, pack_small_leaves):
+    """What is left of parameters of 1 after three steps, by arithmetic."""
+    op = optloss.optimize_loss(
+        lambda params: sum(jnp.sum(leaf**2) for leaf in params.values()),
+        0,
+        rates,
+        optimizers,
+        pack_small_leaves=pack_small_leaves,
+    )
+    state = op.init({"w": jnp.ones(2), "b": jnp.ones(1)})
+    for _ in range(3):
+        state, _ = op(state)
+    np.testing.assert_allclose(state.params["w"], [w, w], atol=1e-6)
+    np.testing.assert_allclose(state.params["b"], [b], rtol=1e-6)

@@ -259,3 +259,9 @@ def test_without_flax_the_import_says_what_to_install(monkeypatch, name):
     message = f"{module} needs flax. Install it: pip install 'optloss[flax]'"
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         importlib.import_module(module)
+
+
+def test_a_module_is_no_tree_of_parameters():
+    op = optloss.optimize_loss(lambda params: 0.0, 0, 0.1, "adam")
+    with pytest.raises(ValueError, match=r"that it makes: module\.init\(key, x\)\.$"):
+        op.init(nn.Dense(3))
