@@ -1,6 +1,10 @@
 """What a compiled program holds, read off its text."""
 
+import contextlib
+import logging
 import re
+
+import jax
 
 
 def computations(text):
@@ -23,6 +27,29 @@ def always_run(text):
             called = r"\b(?:calls|to_apply|body|condition)=%([^\s,}]+)"
             waiting += re.findall(called, parts[name])
     return "\n".join(found.values())
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yield a list that gets the name of each function that JAX compiles meanwhile.
+
+    The size of a function's cache is no count of them: up to jax 0.10 a call with a
+    typed key may be in it twice.
+    """
+    names = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            found = re.match(r"Compiling (?:jit\()?([\w<>]+)", record.getMessage())
+            names.extend(found.groups() if found else [])
+
+    logger, listener = logging.getLogger("jax"), Listener()
+    logger.addHandler(listener)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(listener)
 
 
 def compiled_programs(train_op):
