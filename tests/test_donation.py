@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import compilations, compiled_programs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs import compilations, compiled_programs
 
 import optloss
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import compiled_programs
 from optax import contrib
-from programs import compiled_programs
 from sklearn.datasets import load_digits
 
 import optloss

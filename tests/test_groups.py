@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import compiled_programs
 from optax import contrib
-from programs import compiled_programs
 
 import optloss
 from optloss.fast.packing import PackedTree

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from programs import always_run
+from compiled import always_run
 
 import optloss
 from optloss.summaries import OPTIMIZER_SUMMARIES

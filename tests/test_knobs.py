@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from programs import compiled_programs
+from compiled import compiled_programs
 
 import optloss
 

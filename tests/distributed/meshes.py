@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiled import always_run
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
-from programs import always_run
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 NONE = contextlib.nullcontext()

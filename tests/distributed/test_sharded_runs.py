@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled_programs
 from distributed.meshes import (
     AUTO,
     EXPLICIT,
@@ -23,7 +24,6 @@ from distributed.meshes import (
 )
 from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding, reshard
-from programs import compiled_programs
 
 import optloss
 
