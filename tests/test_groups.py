@@ -545,11 +545,12 @@ HALF, WHOLE = optax.sgd(0.25), optax.sgd(0.5)  # of a gradient of 2 w
         (None, {"w": lambda: WHOLE, "**": lambda: HALF}, 0.0, 0.125),
         (None, {"w": WHOLE, "**": lambda: HALF}, 0.0, 0.125),
         ({"w": None, "**": 0.1}, {"w": lambda: WHOLE, "**": "sgd"}, 0.0, 0.512),
+        ({"b": 0.1, "w": None}, {"w": lambda: WHOLE, "**": "sgd"}, 0.0, 0.512),
         ({"w": 0.1, "**": 0.1}, {"w": WHOLE, "**": "sgd"}, 0.0, 0.512),
     ],
     ids=[
         "an instance", "a function", "functions", "both", "one and a name",
-        "an instance and a name",
+        "a name and one", "an instance and a name",
     ],
 )  # fmt: skip
 def test_own_rates_stay_own(rates, optimizers, w, b, pack_small_leaves):

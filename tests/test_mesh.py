@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optloss.mesh import shard_state
+from optloss.mesh import manual_axes, shard_state
 
 SPEC = {"w": PartitionSpec("x"), "b": PartitionSpec()}
 
@@ -54,6 +54,25 @@ def test_under_jit_moments_follow_their_parameters(mesh):
         placed = place(parameters(mesh))
     assert spread(placed["moments"]["w"]) == (4, (2, 2))
     assert spread(placed["moments"]["b"]) == (4, (2,))
+
+
+def test_manual_axes_have_the_mesh_s_order():
+    """All processes of a cluster must compile the same program, and sets differ."""
+    names = tuple("hgfedcba")
+    found = []
+
+    def look(leaf):
+        found.append(manual_axes())
+        return leaf
+
+    spread = jax.shard_map(
+        look,
+        mesh=jax.make_mesh((1,) * 8, names),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+    )
+    jax.eval_shape(spread, jnp.zeros(()))
+    assert found[0] == names
 
 
 def test_what_lies_on_the_mesh_already_stays(mesh):

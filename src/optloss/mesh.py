@@ -104,9 +104,9 @@ def is_whole(leaf: jax.Array) -> bool:
 # Manual axes
 
 
-def manual_axes() -> frozenset[str]:
+def manual_axes() -> Axes:
     """Return the axes of the ``shard_map`` or ``pmap`` that is being traced."""
-    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def varying(leaf: PyTree) -> frozenset[str]:

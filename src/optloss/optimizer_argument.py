@@ -278,14 +278,13 @@ def check_pack_size(call: str, given: Given) -> None:
     check_int(call, "pack_small_leaves", size, 0, cure)
     if not size:
         return
-    # At a rate of its own: the caller's may be traced, and the answer is the same.
-    given_rates = values_of(given["learning_rate"])
-    rates = {None if rate is None else 0.1 for rate in given_rates}
+    own = any(rate is None for rate in values_of(given["learning_rate"]))
     for one in values_of(optimizer):
+        # The caller's rate may be traced, and the answer is the same at this one.
+        rate = None if own and _brings_its_own(one) else 0.1
         named = isinstance(one, str)
         can_be_packed = _named_can_be_packed if named else _can_be_packed
-        fitting = [rate for rate in rates if rate is not None or _brings_its_own(one)]
-        if any(can_be_packed(call, rate, one) for rate in fitting):
+        if can_be_packed(call, rate, one):
             return
     what = f"the optimizer {short_repr(optimizer)} looks"
     if isinstance(optimizer, Mapping):
