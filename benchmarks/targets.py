@@ -124,13 +124,14 @@ def tpu(name: str, share: float) -> Cell:
 
 def tpu64(name: str, peak: int, collectives: int) -> Cell:
     """Return a cell of a mesh of 8 x 8 TPUs, with the figures of commit 9ad8acc."""
+    case = name.split("/")[0]
     bars = (
         Bar("loops", 0),
         Bar("copied", 0),
         Bar("peak", peak),
         Bar("collectives", collectives),
     )
-    return Cell(f"tpu64/{name}", "", bars)
+    return Cell(f"tpu64/{name}", case, bars)
 
 
 CELLS = [
@@ -155,6 +156,7 @@ CELLS = [
     ),
     tpu64("clip+guard/1e9/39/op", 318_355_456, 211),
     tpu64("noise+clip+guard/1e9/39/op", 318_392_320, 258),
+    tpu64("clip+guard/7e9/291/op", 1_689_300_992, 1555),
 ]
 
 

@@ -418,6 +418,67 @@ def test_a_group_packs_by_itself():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+SEVERAL = {
+    "optimizers": ({"head/*": "adam", "**": "Momentum"}, 0.1, ()),
+    "rates": ("adam", {"**/kernel": 0.02, "**": 0.1}, ()),
+    "both": ({"head/*": "adam", "**": "Adagrad"}, {"**/kernel": 0.02, "**": 0.1}, ()),
+    "one without moments": ({"**/kernel": "sgd", "**": "adam"}, 0.1, ()),
+    "an own rate": (
+        {"**/bias": optax.sgd(0.1, momentum=0.9), "**": "adam"},
+        {"**/bias": None, "**": 0.1},
+        (),
+    ),
+    "one that is not packed": (
+        {"**/kernel": "muon", "**": "adam"},
+        {"**/kernel": 0.02, "**": 0.1},
+        ("**/kernel",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_a_state_of_groups_is_packed_and_unpacked(case):
+    optimizer, rate, unpacked = SEVERAL[case]
+    arguments = {"optimizer": optimizer, "learning_rate": rate, "skip_nonfinite": True}
+    plain, packed = small(**arguments), small(**arguments, pack_small_leaves=6)
+    state, _ = plain(plain.init(PARAMS))
+    there = optloss.pack_state(state, PARAMS, 6, unpacked_groups=unpacked)
+    assert jax.tree.structure(there) == jax.tree.structure(packed.init(PARAMS))
+    back = optloss.unpack_state(there, PARAMS, 6)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (one, _), (other, _) = plain(state), packed(there)
+    for a, b in zip(
+        jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "unpacked", "message"),
+    [
+        (
+            {"head/*": "sgd", "**": "sgd"},
+            (),
+            "pack_state(size=6): the groups '**', 'head/*' have no moments of the "
+            "shapes of these parameters, so which are theirs is not known. Pass the "
+            "params and variables of the run; if its optimizers keep no moments, use "
+            "carry_over or train_op.adopt of the run that is to go on.",
+        ),
+        (
+            {"head/*": "adam", "**": "sgd"},
+            ("body/*",),
+            "pack_state(size=6): the state has no group 'body/*' but '**', 'head/*'.",
+        ),
+    ],
+)
+def test_groups_that_pack_state_cannot_know(optimizers, unpacked, message):
+    state = small(optimizers).init(PARAMS)
+    with pytest.raises(ValueError, match="pack_state") as raised:
+        optloss.pack_state(state, PARAMS, 6, unpacked_groups=unpacked)
+    assert str(raised.value) == message
+
+
 def test_multipliers_decay_and_skipping_work_with_groups():
     train_op = small(
         "sgd",

@@ -28,8 +28,6 @@ from optloss.messages import (
 from optloss.trees import is_float8, is_inexact
 from optloss.typing import Pattern, PyTree, Variables
 
-Predicate = Callable[[str, jax.Array], bool]
-
 
 def is_pattern(value: object) -> TypeGuard[Pattern]:
     """Tell whether ``value`` is a name, a glob or a compiled regular expression."""

@@ -7,7 +7,8 @@ its neighbours, without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,12 @@ def unpack_state(
 
 
 def pack_state(
-    state: PyTree, params: PyTree, size: int, *, variables: Variables = None
+    state: PyTree,
+    params: PyTree,
+    size: int,
+    *,
+    variables: Variables = None,
+    unpacked_groups: Sequence[str] = (),
 ) -> PyTree:
     """Return the state of a run without packing as it is with it.
 
@@ -92,14 +98,17 @@ def pack_state(
         params: The parameters of the run; shapes are enough.
         size: The ``pack_small_leaves`` of the run that is to go on from it.
         variables: The ``variables`` it was made with.
+        unpacked_groups: Of several optimizers, the keys of those that look at whole
+            leaves, as Muon does: they are never packed, and the state does not tell.
 
     Returns:
-        The same state with every tree that mirrors the trained parameters packed. The
-        ``params`` of a ``TrainOpState`` stay as they are.
+        The same state with every tree that mirrors the trained parameters, or a group
+        of them, packed. The ``params`` of a ``TrainOpState`` stay as they are.
 
     Raises:
-        ValueError: If ``size`` is no int >= 0, the state is packed already, or it is
-            the state of other parameters.
+        ValueError: If ``size`` is no int >= 0, the state is packed already, it is the
+            state of other parameters, it has no group of such a key, or it has several
+            groups without moments, whose parameters it does not tell.
 
     Example:
         >>> import jax, jax.numpy as jnp, optloss
@@ -116,24 +125,31 @@ def pack_state(
     """
     trained, layout = _trained("pack_state", state, params, size, variables)
     if hasattr(state, "opt_state"):
-        opt_state = pack_state(state.opt_state, params, size, variables=variables)
+        opt_state = pack_state(
+            state.opt_state,
+            params,
+            size,
+            variables=variables,
+            unpacked_groups=unpacked_groups,
+        )
         return state._replace(opt_state=opt_state)
     if not size:
         return state
-    shapes = _shapes(trained)
 
     def mirrors(node: object) -> bool:
-        return _shapes(node) == shapes
+        return _shapes(node) == _shapes(trained)
 
     def packed(node: PyTree) -> PyTree:
         if _is_packed(node) or getattr(node, "packed", None) is not None:
             raise _error("pack_state", size, "the state is packed already.")
-        if _has_table(node):
-            _check_ungrouped(node.optimizer, size)
-            _check_mirrored("pack_state", node.optimizer, mirrors, size)
-            inside = _map_inside(packed, node, mirrors)
-            return inside._replace(packed=table_of(layout))
-        return pack(node, layout) if mirrors(node) else node
+        if not _has_table(node):
+            return pack(node, layout) if mirrors(node) else node
+        groups = _groups_of(node.optimizer, trained, unpacked_groups, size)
+        if groups:
+            return _pack_groups(node, trained, groups, size)
+        _check_mirrored("pack_state", node.optimizer, mirrors, size)
+        inside = _map_inside(packed, node, mirrors)
+        return inside._replace(packed=table_of(layout))
 
     return jax.tree.map(packed, state, is_leaf=lambda n: _is_special(n) or mirrors(n))
 
@@ -149,6 +165,109 @@ def part_of(
     names = {slot.name for slot in slots} | set(leaf_names(packed.large))
     part = select_leaves(trained, [name in names for name in leaf_names(trained)])
     return part, layout_of(part, size)
+
+
+class Group(NamedTuple):
+    """One optimizer of several."""
+
+    key: str
+    members: list[bool]  # which of the trained leaves it moves
+    stays: bool  # unpacked
+
+
+def _groups_of(
+    optimizer: PyTree, trained: PyTree, unpacked: Sequence[str], size: int
+) -> list[Group]:
+    """Return the groups in the order in which :func:`_map_groups` meets them."""
+    found: list[Group] = []
+
+    def look(key: str, state: PyTree) -> PyTree:
+        found.append(Group(key, _members(state, trained), key in unpacked))
+        return state
+
+    _map_groups(look, optimizer)
+    keys = [group.key for group in found]
+    if strangers := set(unpacked) - set(keys):
+        problem = f"the state has no group {listing(strangers)}"
+        raise _error("pack_state", size, f"{problem} but {listing(keys) or 'none'}.")
+    silent = [i for i, group in enumerate(found) if not any(group.members)]
+    if len(silent) > 1 and not all(found[i].stays for i in silent):
+        raise _error(
+            "pack_state",
+            size,
+            f"the groups {listing(keys[i] for i in silent)} have no moments of the "
+            "shapes of these parameters, so which are theirs is not known. Pass the "
+            "params and variables of the run; if its optimizers keep no moments, use "
+            "carry_over or train_op.adopt of the run that is to go on.",
+        )
+    for i in silent:  # all that is no other's
+        others = zip(*(group.members for group in found), strict=True)
+        found[i] = found[i]._replace(members=[not any(column) for column in others])
+    return found
+
+
+def _members(state: PyTree, trained: PyTree) -> list[bool]:
+    """Return which leaves of ``trained`` the moments in ``state`` belong to."""
+    names = leaf_names(trained)
+
+    def members(node: PyTree) -> list[bool]:
+        found = set(leaf_names(node))
+        return [name in found for name in names]
+
+    def mirrors(node: PyTree) -> bool:
+        return _shapes(node) == _shapes(select_leaves(trained, members(node)))
+
+    nodes = jax.tree.leaves(state, is_leaf=mirrors)
+    return next(
+        (members(node) for node in nodes if mirrors(node)), [False] * len(names)
+    )
+
+
+def _map_groups(fn: Callable[[str, PyTree], PyTree], optimizer: PyTree) -> PyTree:
+    """Apply ``fn(key, state)`` to each optimizer, of those at each of several rates."""
+
+    def inside(key: str, state: PyTree) -> PyTree:
+        nodes = jax.tree.leaves(state, is_leaf=_is_partition)
+        is_group = not any(map(_is_partition, nodes))
+        return fn(key, state) if is_group else _map_groups(fn, state)
+
+    def mapped(node: PyTree) -> PyTree:
+        if not _is_partition(node):
+            return node
+        states = node.inner_states
+        return node._replace(
+            inner_states={key: inside(key, states[key]) for key in states}
+        )
+
+    return jax.tree.map(mapped, optimizer, is_leaf=_is_partition)
+
+
+def _pack_groups(
+    node: PyTree, trained: PyTree, groups: list[Group], size: int
+) -> PyTree:
+    parts = [select_leaves(trained, group.members) for group in groups]
+    layouts = [layout_of(part, size) for part in parts]
+    turn = iter(zip(groups, parts, layouts, strict=True))
+
+    def packed(key: str, state: PyTree) -> PyTree:
+        group, part, layout = next(turn)
+
+        def mirrors(tree: PyTree) -> bool:
+            return not group.stays and _shapes(tree) == _shapes(part)
+
+        def pack_mirror(tree: PyTree) -> PyTree:
+            return pack(tree, layout) if mirrors(tree) else tree
+
+        return jax.tree.map(pack_mirror, state, is_leaf=mirrors)
+
+    optimizer = _map_groups(packed, node.optimizer)
+    by_first_leaf = sorted(
+        (group.members.index(True), layout.vectors)
+        for group, layout in zip(groups, layouts, strict=True)
+        if not group.stays
+    )
+    vectors = {key: slots for _, of in by_first_leaf for key, slots in of.items()}
+    return node._replace(optimizer=optimizer, packed=table_of(Layout(vectors)))
 
 
 def _map_inside(
@@ -200,22 +319,6 @@ def _trained(
 def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     shapes = (tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
     return list(zip(leaf_names(tree), shapes, strict=True))
-
-
-def _check_ungrouped(optimizer: PyTree, size: int) -> None:
-    """Refuse groups: the state does not tell which of them can be packed."""
-    groups = [
-        node
-        for node in jax.tree.leaves(optimizer, is_leaf=_is_partition)
-        if _is_partition(node)
-    ]
-    if groups:
-        raise _error(
-            "pack_state",
-            size,
-            "the state has groups, each of which is packed or not. Use carry_over, or "
-            "train_op.adopt, of the run that is to go on.",
-        )
 
 
 def _is_partition(node: object) -> bool:
