@@ -440,6 +440,7 @@ SEVERAL = {
 def test_a_state_of_groups_is_packed_and_unpacked(case):
     optimizer, rate, unpacked = SEVERAL[case]
     arguments = {"optimizer": optimizer, "learning_rate": rate, "skip_nonfinite": True}
+    arguments |= {"donate": False}
     plain, packed = small(**arguments), small(**arguments, pack_small_leaves=6)
     state, _ = plain(plain.init(PARAMS))
     there = optloss.pack_state(state, PARAMS, 6, unpacked_groups=unpacked)

@@ -7,13 +7,12 @@ its neighbours, without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from optax.transforms import PartitionState
 
+from optloss.fast.packed_groups import pack_groups, packing_error, shapes_of
 from optloss.fast.packing import (
     Layout,
     PackedTree,
@@ -27,7 +26,7 @@ from optloss.fast.packing import (
 from optloss.mesh import is_traced
 from optloss.messages import check_int, listing
 from optloss.names import leaf_names, select
-from optloss.trees import is_inexact, select_leaves
+from optloss.trees import select_leaves
 from optloss.typing import PyTree, Variables
 
 
@@ -137,16 +136,17 @@ def pack_state(
         return state
 
     def mirrors(node: object) -> bool:
-        return _shapes(node) == _shapes(trained)
+        return shapes_of(node) == shapes_of(trained)
 
     def packed(node: PyTree) -> PyTree:
         if _is_packed(node) or getattr(node, "packed", None) is not None:
-            raise _error("pack_state", size, "the state is packed already.")
+            raise packing_error("pack_state", size, "the state is packed already.")
         if not _has_table(node):
             return pack(node, layout) if mirrors(node) else node
-        groups = _groups_of(node.optimizer, trained, unpacked_groups, size)
-        if groups:
-            return _pack_groups(node, trained, groups, size)
+        grouped = pack_groups(node.optimizer, trained, size, unpacked_groups)
+        if grouped is not None:
+            optimizer, lies = grouped
+            return node._replace(optimizer=optimizer, packed=table_of(lies))
         _check_mirrored("pack_state", node.optimizer, mirrors, size)
         inside = _map_inside(packed, node, mirrors)
         return inside._replace(packed=table_of(layout))
@@ -167,109 +167,6 @@ def part_of(
     return part, layout_of(part, size)
 
 
-class Group(NamedTuple):
-    """One optimizer of several."""
-
-    key: str
-    members: list[bool]  # which of the trained leaves it moves
-    stays: bool  # unpacked
-
-
-def _groups_of(
-    optimizer: PyTree, trained: PyTree, unpacked: Sequence[str], size: int
-) -> list[Group]:
-    """Return the groups in the order in which :func:`_map_groups` meets them."""
-    found: list[Group] = []
-
-    def look(key: str, state: PyTree) -> PyTree:
-        found.append(Group(key, _members(state, trained), key in unpacked))
-        return state
-
-    _map_groups(look, optimizer)
-    keys = [group.key for group in found]
-    if strangers := set(unpacked) - set(keys):
-        problem = f"the state has no group {listing(strangers)}"
-        raise _error("pack_state", size, f"{problem} but {listing(keys) or 'none'}.")
-    silent = [i for i, group in enumerate(found) if not any(group.members)]
-    if len(silent) > 1 and not all(found[i].stays for i in silent):
-        raise _error(
-            "pack_state",
-            size,
-            f"the groups {listing(keys[i] for i in silent)} have no moments of the "
-            "shapes of these parameters, so which are theirs is not known. Pass the "
-            "params and variables of the run; if its optimizers keep no moments, use "
-            "carry_over or train_op.adopt of the run that is to go on.",
-        )
-    for i in silent:  # all that is no other's
-        others = zip(*(group.members for group in found), strict=True)
-        found[i] = found[i]._replace(members=[not any(column) for column in others])
-    return found
-
-
-def _members(state: PyTree, trained: PyTree) -> list[bool]:
-    """Return which leaves of ``trained`` the moments in ``state`` belong to."""
-    names = leaf_names(trained)
-
-    def members(node: PyTree) -> list[bool]:
-        found = set(leaf_names(node))
-        return [name in found for name in names]
-
-    def mirrors(node: PyTree) -> bool:
-        return _shapes(node) == _shapes(select_leaves(trained, members(node)))
-
-    nodes = jax.tree.leaves(state, is_leaf=mirrors)
-    return next(
-        (members(node) for node in nodes if mirrors(node)), [False] * len(names)
-    )
-
-
-def _map_groups(fn: Callable[[str, PyTree], PyTree], optimizer: PyTree) -> PyTree:
-    """Apply ``fn(key, state)`` to each optimizer, of those at each of several rates."""
-
-    def inside(key: str, state: PyTree) -> PyTree:
-        nodes = jax.tree.leaves(state, is_leaf=_is_partition)
-        is_group = not any(map(_is_partition, nodes))
-        return fn(key, state) if is_group else _map_groups(fn, state)
-
-    def mapped(node: PyTree) -> PyTree:
-        if not _is_partition(node):
-            return node
-        states = node.inner_states
-        return node._replace(
-            inner_states={key: inside(key, states[key]) for key in states}
-        )
-
-    return jax.tree.map(mapped, optimizer, is_leaf=_is_partition)
-
-
-def _pack_groups(
-    node: PyTree, trained: PyTree, groups: list[Group], size: int
-) -> PyTree:
-    parts = [select_leaves(trained, group.members) for group in groups]
-    layouts = [layout_of(part, size) for part in parts]
-    turn = iter(zip(groups, parts, layouts, strict=True))
-
-    def packed(key: str, state: PyTree) -> PyTree:
-        group, part, layout = next(turn)
-
-        def mirrors(tree: PyTree) -> bool:
-            return not group.stays and _shapes(tree) == _shapes(part)
-
-        def pack_mirror(tree: PyTree) -> PyTree:
-            return pack(tree, layout) if mirrors(tree) else tree
-
-        return jax.tree.map(pack_mirror, state, is_leaf=mirrors)
-
-    optimizer = _map_groups(packed, node.optimizer)
-    by_first_leaf = sorted(
-        (group.members.index(True), layout.vectors)
-        for group, layout in zip(groups, layouts, strict=True)
-        if not group.stays
-    )
-    vectors = {key: slots for _, of in by_first_leaf for key, slots in of.items()}
-    return node._replace(optimizer=optimizer, packed=table_of(Layout(vectors)))
-
-
 def _map_inside(
     fn: Callable[[PyTree], PyTree], tree: PyTree, is_leaf: Callable[[PyTree], bool]
 ) -> PyTree:
@@ -288,17 +185,7 @@ def _is_special(node: object) -> bool:
     return _is_packed(node) or _has_table(node)
 
 
-def _shapes(tree: PyTree) -> tuple[Hashable, ...]:
-    """Return what the trees of moments of one tree of parameters have in common."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
-
-
 # Refusals
-
-
-def _error(call: str, size: int, problem: str) -> ValueError:
-    return ValueError(f"{call}(size={size}): {problem}")
 
 
 def _trained(
@@ -306,7 +193,7 @@ def _trained(
 ) -> tuple[PyTree, Layout]:
     check_int(call, "size", size, 0, "an int >= 0: the largest size of a packed leaf.")
     if hasattr(state, "opt_state") and _named(state.params) != _named(params):
-        raise _error(
+        raise packing_error(
             call,
             size,
             "the params given are not those of the state, in names or shapes. Pass "
@@ -321,17 +208,13 @@ def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     return list(zip(leaf_names(tree), shapes, strict=True))
 
 
-def _is_partition(node: object) -> bool:
-    return isinstance(node, PartitionState)
-
-
 def _check_mirrored(
     call: str, optimizer: PyTree, mirrors: Callable[[PyTree], bool], size: int
 ) -> None:
     """Refuse moments none of which has the shapes of the parameters."""
     nodes = jax.tree.leaves(optimizer, is_leaf=mirrors)
     if not any(map(mirrors, nodes)) and any(jnp.ndim(node) for node in nodes):
-        raise _error(
+        raise packing_error(
             call,
             size,
             "no moments in this state have the names and shapes of the trained "
@@ -373,7 +256,7 @@ def _elements(slots: list[Slot]) -> int:
 
 def _packed_otherwise(size: int, layout: Layout) -> ValueError:
     names = [slot.name for slots in layout.vectors.values() for slot in slots]
-    return _error(
+    return packing_error(
         "unpack_state",
         size,
         "the state was packed otherwise: this size, params and variables would pack "

@@ -1,0 +1,145 @@
+"""The groups of a state, each an optimizer with a part of the parameters, packed.
+
+Which part is a group's own is read off its moments, which mirror it.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+from optax.transforms import PartitionState
+
+from optloss.fast.packing import Layout, layout_of, pack
+from optloss.messages import listing
+from optloss.names import leaf_names
+from optloss.trees import is_inexact, select_leaves
+from optloss.typing import PyTree
+
+
+class Group(NamedTuple):
+    """One optimizer of several."""
+
+    key: str
+    members: list[bool]  # which of the trained leaves it moves
+    stays: bool  # unpacked
+
+
+def pack_groups(
+    optimizer: PyTree, trained: PyTree, size: int, unpacked: Sequence[str]
+) -> tuple[PyTree, Layout] | None:
+    """Return the state with its groups packed, and where; ``None`` without groups."""
+    groups = _groups_of(optimizer, trained, size, unpacked)
+    if not groups:
+        return None
+    parts = [select_leaves(trained, group.members) for group in groups]
+    layouts = [layout_of(part, size) for part in parts]
+    turn = iter(zip(groups, parts, layouts, strict=True))
+
+    def packed(key: str, state: PyTree) -> PyTree:
+        group, part, layout = next(turn)
+
+        def mirrors(tree: PyTree) -> bool:
+            return not group.stays and shapes_of(tree) == shapes_of(part)
+
+        def pack_mirror(tree: PyTree) -> PyTree:
+            return pack(tree, layout) if mirrors(tree) else tree
+
+        return jax.tree.map(pack_mirror, state, is_leaf=mirrors)
+
+    optimizer = _map_groups(packed, optimizer, unpacked)
+    in_order = sorted(
+        (group.members.index(True), i)
+        for i, group in enumerate(groups)
+        if not group.stays
+    )
+    vectors = [layouts[i].vectors.items() for _, i in in_order]
+    return optimizer, Layout({key: slots for some in vectors for key, slots in some})
+
+
+def shapes_of(tree: PyTree) -> tuple[Hashable, ...]:
+    """Return what the trees of moments of one tree of parameters have in common."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
+
+
+def packing_error(call: str, size: int, problem: str) -> ValueError:
+    """Return the refusal of a state."""
+    return ValueError(f"{call}(size={size}): {problem}")
+
+
+def _groups_of(
+    optimizer: PyTree, trained: PyTree, size: int, unpacked: Sequence[str]
+) -> list[Group]:
+    """Return the groups in the order in which :func:`_map_groups` meets them."""
+    found: list[Group] = []
+
+    def look(key: str, state: PyTree) -> PyTree:
+        found.append(Group(key, _members(state, trained), key in unpacked))
+        return state
+
+    _map_groups(look, optimizer, unpacked)
+    keys = [group.key for group in found]
+    if strangers := set(unpacked) - set(keys):
+        known = listing(keys) or "none"
+        problem = f"the state has no group {listing(strangers)} but {known}."
+        raise packing_error("pack_state", size, problem)
+    silent = [i for i, group in enumerate(found) if not any(group.members)]
+    if len(silent) > 1 and not all(found[i].stays for i in silent):
+        raise packing_error(
+            "pack_state",
+            size,
+            f"the groups {listing(keys[i] for i in silent)} have no moments of the "
+            "shapes of these parameters, so which are theirs is not known. Pass the "
+            "params and variables of the run; if its optimizers keep no moments, use "
+            "carry_over or train_op.adopt of the run that is to go on.",
+        )
+    for i in silent:  # all that is no other's
+        others = zip(*(group.members for group in found), strict=True)
+        found[i] = found[i]._replace(members=[not any(column) for column in others])
+    return found
+
+
+def _members(state: PyTree, trained: PyTree) -> list[bool]:
+    """Return which leaves of ``trained`` the moments in ``state`` belong to."""
+    names = leaf_names(trained)
+
+    def members(node: PyTree) -> list[bool]:
+        found = set(leaf_names(node))
+        return [name in found for name in names]
+
+    def mirrors(node: PyTree) -> bool:
+        return shapes_of(node) == shapes_of(select_leaves(trained, members(node)))
+
+    nodes = jax.tree.leaves(state, is_leaf=mirrors)
+    parts = [members(node) for node in nodes if mirrors(node)]
+    return [any(column) for column in zip(*parts, strict=True)] or [False] * len(names)
+
+
+def _map_groups(
+    fn: Callable[[str, PyTree], PyTree], optimizer: PyTree, whole: Sequence[str]
+) -> PyTree:
+    """Apply ``fn(key, state)`` to each optimizer, of those at each of several rates.
+
+    What is inside of those in ``whole`` is not looked at: an optimizer may be made of
+    groups itself.
+    """
+
+    def inside(key: str, state: PyTree) -> PyTree:
+        nodes = jax.tree.leaves(state, is_leaf=_is_partition)
+        if key in whole or not any(map(_is_partition, nodes)):
+            return fn(key, state)
+        return _map_groups(fn, state, whole)
+
+    def mapped(node: PyTree) -> PyTree:
+        if not _is_partition(node):
+            return node
+        states = node.inner_states
+        return node._replace(
+            inner_states={key: inside(key, states[key]) for key in states}
+        )
+
+    return jax.tree.map(mapped, optimizer, is_leaf=_is_partition)
+
+
+def _is_partition(node: object) -> bool:
+    return isinstance(node, PartitionState)
