@@ -338,6 +338,7 @@ def states(op: optloss.TrainOp, params: Params) -> list[str]:
     optloss.get_learning_rate(state)["**"]
     assert_type(optloss.set_learning_rate(state, {"**": 0.1}), optloss.TrainOpState)
     state = optloss.unpack_state(optloss.pack_state(state, params, 4), params, 4)
+    state = optloss.pack_state(state, params, 4, unpacked_groups=["**/kernel"])
     opt_state, kept, fresh = optloss.carry_over(state.opt_state, state.opt_state)
     state, output = op.apply_gradients(state._replace(opt_state=opt_state), params)
     assert_type(output, optloss.StepOutput)
