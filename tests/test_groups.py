@@ -468,8 +468,14 @@ def test_a_state_of_groups_is_packed_and_unpacked(case):
         ),
         (
             {"head/*": "adam", "**": "sgd"},
-            ("body/*",),
+            "body/*",
             "pack_state(size=6): the state has no group 'body/*' but '**', 'head/*'.",
+        ),
+        (
+            {"head/*": "adam", "**": "sgd"},
+            3,
+            "pack_state(unpacked_groups=3): must be a name, a pattern or a list of "
+            "them.",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from optloss.fast.packing import (
     pack_small_leaves,
 )
 from optloss.messages import listing, quoted, refusal, short_repr
-from optloss.names import first_match, leaf_names
+from optloss.names import first_match, leaf_names, text_of
 from optloss.plateau import OwnRateState
 from optloss.transforms.learning_rate import (
     check_transformation,
@@ -73,11 +73,6 @@ class Table(NamedTuple):
         if self.patterns is None:
             return [0] * len(names)
         return first_match("", self.patterns, names, check=False)
-
-
-def text_of(pattern: Pattern) -> str:
-    """Return the text that a pattern is written as."""
-    return pattern if isinstance(pattern, str) else pattern.pattern
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ and one that earlier patterns leave nothing to, are errors.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeGuard
 
 import jax
@@ -32,6 +32,11 @@ from optloss.typing import Pattern, PyTree, Variables
 def is_pattern(value: object) -> TypeGuard[Pattern]:
     """Tell whether ``value`` is a name, a glob or a compiled regular expression."""
     return isinstance(value, (str, re.Pattern))
+
+
+def text_of(pattern: Pattern) -> str:
+    """Return the text that a pattern is written as."""
+    return pattern if isinstance(pattern, str) else pattern.pattern
 
 
 def leaf_names(tree: PyTree) -> list[str]:
@@ -259,6 +264,16 @@ def _choose(
     return [
         index is not None for index in first_match(call, patterns, names, check=False)
     ]
+
+
+def as_patterns(call: str, argument: str, value: object) -> list[Pattern]:
+    """Return names and patterns as a list, of which ``value`` may be one."""
+    if isinstance(value, (str, re.Pattern)):
+        return [value]
+    if not isinstance(value, Collection) or not is_pattern_list(value):
+        problem = "must be a name, a pattern or a list of them."
+        raise argument_error(call, argument, value, problem)
+    return sorted(value, key=str)
 
 
 def is_pattern_list(value: object) -> bool:

@@ -15,7 +15,7 @@ import optax
 
 from optloss.extra import by_signature
 from optloss.fast.packing import is_elementwise
-from optloss.groups import Groups, Maker, Table, text_of
+from optloss.groups import Groups, Maker, Table
 from optloss.hyperparams import INJECTED, keeps_first_rate
 from optloss.knobs import SCHEDULE, check_scalar, is_schedule
 from optloss.made_by import name_of
@@ -29,7 +29,7 @@ from optloss.messages import (
     short_repr,
     takes,
 )
-from optloss.names import is_pattern
+from optloss.names import is_pattern, text_of
 from optloss.optimizers.registry import get_factory, title
 from optloss.stages import Stage
 from optloss.transforms.learning_rate import (

@@ -7,7 +7,7 @@ its neighbours, without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from optloss.fast.packing import (
 )
 from optloss.mesh import is_traced
 from optloss.messages import check_int, listing
-from optloss.names import leaf_names, select
+from optloss.names import as_patterns, leaf_names, select, text_of
 from optloss.trees import select_leaves
-from optloss.typing import PyTree, Variables
+from optloss.typing import Pattern, PyTree, Variables
 
 
 def unpack_state(
@@ -88,7 +88,7 @@ def pack_state(
     size: int,
     *,
     variables: Variables = None,
-    unpacked_groups: Sequence[str] = (),
+    unpacked_groups: Pattern | Collection[Pattern] = (),
 ) -> PyTree:
     """Return the state of a run without packing as it is with it.
 
@@ -123,13 +123,15 @@ def pack_state(
         being told.
     """
     trained, layout = _trained("pack_state", state, params, size, variables)
+    keys = as_patterns("pack_state", "unpacked_groups", unpacked_groups)
+    stays = list(map(text_of, keys))
     if hasattr(state, "opt_state"):
         opt_state = pack_state(
             state.opt_state,
             params,
             size,
             variables=variables,
-            unpacked_groups=unpacked_groups,
+            unpacked_groups=stays,
         )
         return state._replace(opt_state=opt_state)
     if not size:
@@ -143,7 +145,7 @@ def pack_state(
             raise packing_error("pack_state", size, "the state is packed already.")
         if not _has_table(node):
             return pack(node, layout) if mirrors(node) else node
-        grouped = pack_groups(node.optimizer, trained, size, unpacked_groups)
+        grouped = pack_groups(node.optimizer, trained, size, stays)
         if grouped is not None:
             optimizer, lies = grouped
             return node._replace(optimizer=optimizer, packed=table_of(lies))

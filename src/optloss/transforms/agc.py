@@ -25,7 +25,6 @@ authors' code, and from ``optax.adaptive_grad_clip``, which follows it:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -34,8 +33,8 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import Axes, axes_of, varying_axes
-from optloss.messages import argument_error, check_axis_name, check_number, refusal
-from optloss.names import first_match, is_pattern_list, leaf_names
+from optloss.messages import check_axis_name, check_number, refusal
+from optloss.names import as_patterns, first_match, leaf_names
 from optloss.norms import global_norm
 from optloss.summaries import (
     clip_measurements,
@@ -135,7 +134,7 @@ def agc(
     """
     _check(clipping, epsilon)
     check_axis_name("agc", axis_name)
-    patterns = _patterns(exclude)
+    patterns = as_patterns("agc", "exclude", exclude)
 
     def init(params: optax.Params) -> AGCState:
         names = leaf_names(_with_frozen(params))
@@ -232,16 +231,6 @@ def _with_frozen(params: PyTree) -> PyTree:
     return jax.tree.map(
         lambda node: 0 if is_masked(node) else node, params, is_leaf=is_masked
     )
-
-
-def _patterns(exclude: Pattern | Collection[Pattern]) -> list[Pattern]:
-    if isinstance(exclude, (str, re.Pattern)):
-        return [exclude]
-    if not is_pattern_list(exclude):
-        raise argument_error(
-            "agc", "exclude", exclude, "must be a name, a pattern or a list of them."
-        )
-    return sorted(exclude, key=str)
 
 
 def _check(clipping: Scalar, epsilon: Scalar) -> None:
