@@ -486,6 +486,14 @@ def test_groups_that_pack_state_cannot_know(optimizers, unpacked, message):
     assert str(raised.value) == message
 
 
+def test_a_group_of_which_nothing_is_selected_is_not_packed():
+    state = small({"head/*": "adam", "**": "sgd"}).init(PARAMS)
+    there = optloss.pack_state(state, PARAMS, 6, variables="head/*")
+    nodes = jax.tree.leaves(there, is_leaf=lambda n: isinstance(n, PackedTree))
+    packed = [node for node in nodes if isinstance(node, PackedTree)]
+    assert [sum(v.size for v in node.vectors.values()) for node in packed] == [8, 8]
+
+
 def test_multipliers_decay_and_skipping_work_with_groups():
     train_op = small(
         "sgd",

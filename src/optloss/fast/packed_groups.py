@@ -37,9 +37,10 @@ def pack_groups(
 
     def packed(key: str, state: PyTree) -> PyTree:
         group, part, layout = next(turn)
+        shapes = shapes_of(part)
 
         def mirrors(tree: PyTree) -> bool:
-            return not group.stays and shapes_of(tree) == shapes_of(part)
+            return not group.stays and shapes_of(tree) == shapes
 
         def pack_mirror(tree: PyTree) -> PyTree:
             return pack(tree, layout) if mirrors(tree) else tree
@@ -50,7 +51,7 @@ def pack_groups(
     in_order = sorted(
         (group.members.index(True), i)
         for i, group in enumerate(groups)
-        if not group.stays
+        if not group.stays and any(group.members)
     )
     vectors = [layouts[i].vectors.items() for _, i in in_order]
     return optimizer, Layout({key: slots for some in vectors for key, slots in some})

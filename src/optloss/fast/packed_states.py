@@ -136,9 +136,10 @@ def pack_state(
         return state._replace(opt_state=opt_state)
     if not size:
         return state
+    shapes = shapes_of(trained)
 
     def mirrors(node: object) -> bool:
-        return shapes_of(node) == shapes_of(trained)
+        return shapes_of(node) == shapes
 
     def packed(node: PyTree) -> PyTree:
         if _is_packed(node) or getattr(node, "packed", None) is not None:
