@@ -36,6 +36,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from optloss.fast.normals import CUT, SIGN, Words, counters, normals, threefry
+from optloss.fast.slices import slices
 from optloss.mesh import cond_on_mesh, explicit_sharding, is_whole
 from optloss.messages import is_array
 from optloss.trees import accumulator_dtype
@@ -148,12 +149,13 @@ def _add(
             sums = _add_together(members, std, rows, sampler, enabled)
             noisy |= zip(group, sums, strict=True)
         alone = sorted(set(range(len(leaves))).difference(*groups))
-        places = _unknown(alone, enabled)
-        keys = [
-            lax.dynamic_index_in_dim(tables[owners[i]], place, keepdims=False)
-            for i, place in zip(alone, places, strict=True)
-        ]
-        sums = _add_in_a_branch([leaves[i] for i in alone], std, keys, sampler, enabled)
+        keys: dict[int, jax.Array] = {}
+        for owner, table in enumerate(tables):
+            own = [i for i in alone if owners[i] == owner]
+            keys |= zip(own, slices(table, own, [1] * len(own)), strict=True)
+        others = [leaves[i] for i in alone]
+        their_keys = [keys[i][0] for i in alone]
+        sums = _add_in_a_branch(others, std, their_keys, sampler, enabled)
         noisy |= zip(alone, sums, strict=True)
         return [noisy[i] for i in range(len(leaves))]
 
@@ -215,24 +217,11 @@ def _add_together(
         return jnp.broadcast_to(nothing, (starts[-1] // WIDTH, WIDTH))
 
     matrix: jax.Array = cond_on_mesh(enabled, draw, zeros)
-    pieces = [
-        lax.dynamic_slice_in_dim(matrix.reshape(-1), start, leaf.size)
-        for leaf, start in zip(leaves, _unknown(starts[:-1], enabled), strict=True)
-    ]
+    pieces = slices(matrix.reshape(-1), starts[:-1].tolist(), sizes)
     return [
         _plus(leaf, std, z.reshape(leaf.shape))
         for leaf, z in zip(leaves, pieces, strict=True)
     ]
-
-
-def _unknown(numbers: Sequence[int] | np.ndarray, enabled: jax.Array) -> Leaves:
-    """Return ``numbers`` as scalars that XLA cannot fold into kernels they go to."""
-    scalars: Leaves = cond_on_mesh(
-        enabled,
-        lambda: [jnp.uint32(number) for number in numbers],
-        lambda: [jnp.uint32(0) for _ in numbers],
-    )
-    return scalars
 
 
 def _key_table(

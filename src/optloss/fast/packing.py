@@ -10,9 +10,10 @@ that chooses leaves by their rank or name (a weight decay that spares the biases
 """
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optloss.mesh import cond_on_mesh
+from optloss.fast.slices import slices
 from optloss.names import leaf_names
 from optloss.trees import is_inexact, select_leaves
 from optloss.typing import PyTree
@@ -187,47 +188,15 @@ def unpack(packed: PyTree, template: PyTree, layout: Layout) -> PyTree:
     leaves, structure = jax.tree.flatten(template)
     for key, slots in layout.vectors.items():
         vector = packed.vectors[key]
-        for slot, start in zip(slots, _starts(vector, slots), strict=True):
-            piece = jax.lax.dynamic_slice_in_dim(vector, start, slot.size)
+        sizes = [slot.size for slot in slots]
+        starts = [0, *itertools.accumulate(sizes[:-1])]
+        for slot, piece in zip(slots, slices(vector, starts, sizes), strict=True):
             leaves[slot.place] = piece.reshape(slot.shape)
     large = iter(jax.tree.leaves(packed.large))
     for place in range(len(leaves)):
         if place not in layout.places:
             leaves[place] = next(large)
     return jax.tree.unflatten(structure, leaves)
-
-
-def _starts(vector: jax.Array, slots: list[Slot]) -> Sequence[ArrayLike]:
-    """Return where each leaf starts, on a CPU as numbers that XLA does not know.
-
-    Known, each would be a constant in a kernel of its own, and 400 kernels that differ
-    in nothing else take 6 s to compile. As arguments of one kernel: half a second.
-    """
-    ends = np.cumsum([slot.size for slot in slots])
-    starts = [0, *map(int, ends[:-1])]
-    if isinstance(vector, (np.ndarray, jax.ShapeDtypeStruct)) or not vector.size:
-        return starts
-
-    def known() -> list[jax.Array]:
-        return [jnp.int32(start) for start in starts]
-
-    def on_a_cpu() -> list[jax.Array]:
-        nothing = [0] * len(starts)
-        unknown: list[jax.Array] = cond_on_mesh(
-            _opaque_true(vector), known, lambda: [jnp.int32(zero) for zero in nothing]
-        )
-        return unknown
-
-    found: Sequence[ArrayLike] = jax.lax.platform_dependent(cpu=on_a_cpu, default=known)
-    return found
-
-
-def _opaque_true(array: jax.Array) -> jax.Array:
-    """Return ``True`` as XLA cannot know it: read off ``array``, which is not empty."""
-    first = jnp.ravel(array)[0].real
-    bits = jax.lax.bitcast_convert_type(first, f"uint{first.dtype.itemsize * 8}")
-    always: jax.Array = jax.lax.population_count(bits) <= bits.dtype.itemsize * 8
-    return always
 
 
 def is_elementwise(transform: optax.GradientTransformation) -> bool:
