@@ -49,13 +49,18 @@ def slices(
 @jax.custom_jvp
 def _hold(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ``array``, computed before anything reads it, and a 0 XLA cannot know."""
-    first = jnp.ravel(array)[0].real
-    bits = lax.bitcast_convert_type(first, f"uint{first.dtype.itemsize * 8}")
-    zero = (lax.population_count(bits) > first.dtype.itemsize * 8).astype(jnp.uint32)
+    bits = 8 * array.real.dtype.itemsize
+
+    # Read inside of the loop: another reader would have the array computed twice.
+    def never(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        first = jnp.ravel(carry[0])[0].real
+        ones = lax.population_count(lax.bitcast_convert_type(first, f"uint{bits}"))
+        return ones > bits
+
     held: tuple[jax.Array, jax.Array] = lax.while_loop(
-        lambda carry: carry[1] > 0,
-        lambda carry: (carry[0] + carry[0], carry[1] - 1),
-        (array, zero),
+        never,
+        lambda carry: (carry[0] + carry[0], carry[1] + jnp.uint32(1)),
+        (array, jnp.uint32(0)),
     )
     return held
 
