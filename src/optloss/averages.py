@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optloss.knobs import check_scalar, check_schedule, is_schedule
+from optloss.extra import fill_masked
+from optloss.knobs import check_schedule, is_schedule, value_at
 from optloss.messages import argument_error, is_number
 from optloss.trees import (
     increment,
@@ -38,10 +38,8 @@ class AverageState(NamedTuple):
 
 def check_decay(call: str, decay: Any) -> Any:
     """Return ``decay`` unless it is no number in [0, 1), no function and not None."""
-    if is_schedule(decay):
-        check_schedule(call, "moving_average", decay)
-        return decay
-    if decay is None or (is_number(decay) and 0 <= decay < 1):
+    check_schedule(call, "moving_average", decay)
+    if is_schedule(decay) or decay is None or (is_number(decay) and 0 <= decay < 1):
         return decay
     raise argument_error(
         call,
@@ -76,15 +74,7 @@ def update_average(
 
 def averaged(state: AverageState, params: PyTree) -> PyTree:
     """Return ``params`` with averages for what is trained: arrays of their own."""
-
-    def choose(average: Any, parameter: Any) -> Any:
-        if isinstance(average, optax.MaskedNode):
-            return own_copy(parameter)
-        return own_copy(average).astype(parameter.dtype)
-
-    return jax.tree.map(
-        choose, state.params, params, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
-    )
+    return jax.tree.map(own_copy, fill_masked(state.params, params))
 
 
 def _share_of_new(
@@ -94,7 +84,5 @@ def _share_of_new(
     if not callable(decay):
         # 1 - (1 + t) / (10 + t), without the loss of digits.
         return jnp.maximum(1 - decay, 9 / (10 + updates.astype(dtype)))
-    value = decay(updates if step is None else step)
-    return jnp.asarray(
-        1 - check_scalar("optimize_loss", "moving_average", decay, value)
-    )
+    at = updates if step is None else step
+    return jnp.asarray(1 - value_at("optimize_loss", "moving_average", decay, at))

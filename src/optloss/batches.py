@@ -63,11 +63,6 @@ class Batch(NamedTuple):
     size: int | None  # examples; None where no array holds any
     words: str  # the first array that does
 
-    def arguments(self, values: Sequence[PyTree]) -> Arguments:
-        """Return ``args`` and ``kwargs`` with these values of the leaves."""
-        args, kwargs = jax.tree.unflatten(self.structure, values)
-        return args, kwargs
-
 
 def check_in_axes(call: str, in_axes: InAxes) -> None:
     """Refuse what is no axis, no ``None`` and no tuple of trees of these."""

@@ -21,11 +21,7 @@ def evaluation_params(
 ) -> PyTree:
     """Return ``trained`` with averages where the optimizer has them.
 
-    Args:
-        opt_state: The state of a chain.
-        trained: The parameters that are trained, ``optax.MaskedNode()`` for the rest.
-        layout: Which of them lie in which vector.
-        pack_size: The ``pack_small_leaves`` of the chain.
+    ``layout`` and ``pack_size`` tell how the chain of ``opt_state`` packs its leaves.
     """
     for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free):
         if _is_schedule_free(node):
@@ -44,8 +40,8 @@ def _average(trained: PyTree, z: PyTree, b1: jax.Array) -> PyTree:
     def average(y: PyTree, fast: PyTree) -> PyTree:
         if isinstance(fast, optax.MaskedNode) or not is_inexact(y):
             return y
-        wide, beta = to_float32((y, fast)), to_float32(b1)
-        return ((wide[0] - (1 - beta) * wide[1]) / beta).astype(y.dtype)
+        wide, fast, beta = to_float32((y, fast, b1))
+        return ((wide - (1 - beta) * fast) / beta).astype(y.dtype)
 
     return jax.tree.map(
         average, trained, z, is_leaf=lambda n: isinstance(n, optax.MaskedNode)

@@ -27,7 +27,7 @@ from optloss.loss import like_before
 from optloss.mesh import zeros_like
 from optloss.messages import argument_error, check_int, listing, short_repr
 from optloss.names import leaf_names
-from optloss.trees import accumulator_dtype, is_inexact
+from optloss.trees import accumulator_dtype, is_inexact, keep_dtypes
 from optloss.typing import Differentiate as Differentiate
 from optloss.typing import Differentiated as Differentiated
 from optloss.typing import Objective as Objective
@@ -130,13 +130,10 @@ class AccumulatedGradient:
         stacks = [leaf.stack(self.steps, keys=self.steps) for leaf in batch.leaves]
 
         def one_slice(i: jax.Array, model_state: PyTree) -> Differentiated:
-            picked = [leaf.pick(i) for leaf in stacks]
-            args, kwargs = batch.arguments(
-                [
-                    value[0] if leaf.is_key else value
-                    for leaf, value in zip(stacks, picked, strict=True)
-                ]
-            )
+            values = [
+                leaf.pick(i)[0] if leaf.is_key else leaf.pick(i) for leaf in stacks
+            ]
+            args, kwargs = jax.tree.unflatten(batch.structure, values)
             return differentiate(params, *args, model_state=model_state, **kwargs)
 
         return mean_of_slices(one_slice, self.steps, params, model_state)
@@ -168,12 +165,7 @@ def check_result(
 ) -> Differentiated:
     """Return the ``result`` of a caller's own ``value_and_grad``, if it fits.
 
-    ``params`` and ``model_state`` are those that it was given. The training op has
-
-        differentiate = value_and_grad(objective, has_aux=True)
-        result = differentiate(trained, *args, model_state=model_state, **kwargs)
-        result = check_result(value_and_grad, result, trained, model_state)
-        (loss, (model_state, aux)), gradients = result
+    ``params`` and ``model_state`` are those that it was given.
     """
 
     def refuse(problem: str) -> ValueError:
@@ -193,16 +185,12 @@ def check_result(
     problem = _misfit(gradients, params)
     if problem:
         raise refuse(problem)
-    loss, gradients = jax.tree.map(_strong, (loss, gradients))
+    loss, gradients = keep_dtypes((loss, gradients), (loss, params))
     return (loss, (new_state, aux)), gradients
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2
-
-
-def _strong(leaf: Any) -> jax.Array:
-    return jax.lax.convert_element_type(leaf, leaf.dtype)
 
 
 def _misfit(gradients: PyTree, params: PyTree) -> str | None:

@@ -52,16 +52,13 @@ def call_loss(
     if not 1 <= len(rest) <= 2:
         raise refusal(
             "optimize_loss",
-            f"the loss returned {_results(len(rest) + 1)}. With a model_state it "
-            "returns (loss, new_model_state) or (loss, new_model_state, aux).",
+            f"the loss returned {len(rest) + 1} result{'s' if rest else ''}. With a "
+            "model_state it returns (loss, new_model_state) or (loss, new_model_state, "
+            "aux).",
         )
     adopted = like_before("the loss returned", rest[0], model_state)
     aux = rest[1] if len(rest) == 2 else None
     return Outcome(real_scalar(call, value), adopted, aux)
-
-
-def _results(count: int) -> str:
-    return "1 result" if count == 1 else f"{count} results"
 
 
 def _check_arguments(
@@ -150,9 +147,8 @@ def run_update_ops(
 ) -> PyTree:
     """Return ``model_state`` after each of ``ops``, in order."""
     for op in ops:
-        made = op(model_state, context)
         who = f"the update op {short_repr(op)} returned"
-        model_state = like_before(who, made, model_state)
+        model_state = like_before(who, op(model_state, context), model_state)
     return model_state
 
 
@@ -171,27 +167,16 @@ def like_before(
             f"{who} a model_state of another structure, {structure}, not "
             f"{expected}. Return all of it, changed or not.",
         )
-    paths = jax.tree_util.tree_flatten_with_path(old)[0]
-    return jax.tree.unflatten(
-        structure,
-        [
-            _like_leaf(call, who, jax.tree_util.keystr(path), leaf, kept)
-            for leaf, (path, kept) in zip(jax.tree.leaves(new), paths, strict=True)
-        ],
-    )
-
-
-def _like_leaf(call: str, who: str, path: str, new: PyTree, old: PyTree) -> PyTree:
-    if isinstance(new, (bool, int, float, complex)):
-        new = jnp.asarray(new)
-    found = (getattr(new, "shape", None), getattr(new, "dtype", None))
-    if found != (old.shape, old.dtype):
-        raise refusal(
-            call,
-            f"{who} {short_repr(new)} for model_state{path}, which is "
-            f"{short_repr(old)}. Keep shapes and dtypes, for example with "
-            ".astype(...).",
-        )
-    if jnp.issubdtype(new.dtype, jax.dtypes.extended):
-        return new
-    return jax.lax.convert_element_type(new, new.dtype)
+    paths = jax.tree.leaves_with_path(old)
+    for made, (path, kept) in zip(jax.tree.leaves(new), paths, strict=True):
+        is_number = isinstance(made, (bool, int, float, complex))
+        leaf = jnp.asarray(made) if is_number else made
+        found = (getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
+        if found != (kept.shape, kept.dtype):
+            where = f"model_state{jax.tree_util.keystr(path)}"
+            raise refusal(
+                call,
+                f"{who} {short_repr(leaf)} for {where}, which is {short_repr(kept)}. "
+                "Keep shapes and dtypes, for example with .astype(...).",
+            )
+    return keep_dtypes(new, old)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from optloss.messages import argument_error, check_int, is_number
 from optloss.summaries import LOSS_SCALE
-from optloss.trees import accumulator_dtype, map_inexact, real_dtype
+from optloss.trees import accumulator_dtype, map_inexact, real_dtype, to_float32
 from optloss.typing import PyTree
 
 LARGEST = 2.0**127  # the largest power of two in float32
@@ -93,13 +93,12 @@ def unscale(scale: jax.Array, tree: PyTree) -> PyTree:
     """
 
     def divide(leaf: jax.Array) -> jax.Array:
-        wide = leaf.astype(accumulator_dtype(leaf.dtype))
-        divisor = scale.astype(real_dtype(wide.dtype))
-        if jnp.iscomplexobj(wide):
-            return jax.lax.complex(wide.real / divisor, wide.imag / divisor)
-        return wide / divisor
+        divisor = scale.astype(real_dtype(leaf.dtype))
+        if jnp.iscomplexobj(leaf):
+            return jax.lax.complex(leaf.real / divisor, leaf.imag / divisor)
+        return leaf / divisor
 
-    return map_inexact(divide, tree)
+    return map_inexact(divide, to_float32(tree))
 
 
 def dynamic_loss_scale(

@@ -12,13 +12,7 @@ from optloss.extra import fill_masked
 from optloss.gradients import ValueAndGrad, check_keywords, check_result
 from optloss.loss import Outcome, call_loss, like_before, real_scalar
 from optloss.loss_scale import scale_loss, unscale
-from optloss.messages import (
-    argument_error,
-    listing,
-    quoted,
-    refusal,
-    short_repr,
-)
+from optloss.messages import argument_error, listing, quoted, refusal, short_repr
 from optloss.names import leaf_names
 from optloss.trees import is_inexact, map_inexact, merge_leaves
 from optloss.typing import PyTree
@@ -40,7 +34,9 @@ class Objective:
         """Return the loss at other parameters, for line searches."""
         del step  # optax hands on all that a line search does not name
         params = fill_masked(trained, self.params)
-        found = self._call(params, self.model_state, self.args, self.kwargs)
+        found = call_loss(
+            self.loss, params, self.model_state, self.ops_follow, self.args, self.kwargs
+        )
         value: jax.Array = found.loss
         return value
 
@@ -56,7 +52,9 @@ class Objective:
             # Rebuilt in here, so that modules made of them belong to this trace.
             params = merge_leaves(trained, self.params, self.selected)
             model_state = jax.tree.map(lambda leaf: leaf, model_state)
-            loss, model_state, aux = self._call(params, model_state, args, kw)
+            loss, model_state, aux = call_loss(
+                self.loss, params, model_state, self.ops_follow, args, kw
+            )
             scaled = loss if scale is None else scale_loss(scale, loss)
             return scaled, (model_state, aux)
 
@@ -77,15 +75,6 @@ class Objective:
         if scale is not None:
             loss, gradients = unscale(scale, (loss, gradients))
         return Outcome(loss, model_state, aux), conjugate(gradients)
-
-    def _call(
-        self,
-        params: PyTree,
-        model_state: PyTree,
-        args: Sequence[PyTree],
-        kwargs: Mapping[str, PyTree],
-    ) -> Outcome:
-        return call_loss(self.loss, params, model_state, self.ops_follow, args, kwargs)
 
 
 def conjugate(gradients: PyTree) -> PyTree:

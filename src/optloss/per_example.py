@@ -144,12 +144,9 @@ class ClippedPerExample:
         stacks = [leaf.stack(size // at_once, keys=size) for leaf in data.leaves]
 
         def one_example(values: list[Any]) -> tuple[tuple[Any, PyTree, PyTree], PyTree]:
-            args, kwargs = data.arguments(
-                [
-                    leaf.batch_of_one(value)
-                    for leaf, value in zip(stacks, values, strict=True)
-                ]
-            )
+            pairs = zip(stacks, values, strict=True)
+            examples = [leaf.batch_of_one(value) for leaf, value in pairs]
+            args, kwargs = jax.tree.unflatten(data.structure, examples)
             (loss, (state, aux)), gradients = differentiate(
                 params, *args, model_state=model_state, **kwargs
             )
