@@ -27,9 +27,12 @@ from optloss.fast.draws import split_key
 from optloss.mesh import is_deleted
 from optloss.messages import (
     argument_error,
+    check_at_least_zero,
     check_bool,
+    check_finite,
     check_key,
     check_number,
+    check_positive,
     is_array,
     is_number,
     is_real,
@@ -73,10 +76,10 @@ def exponential_decay(
     call = "exponential_decay"
     check_bool(call, "staircase", staircase)
     if staircase:
-        _check_finite(call, decay_rate=decay_rate)
+        check_finite(call, decay_rate=decay_rate)
     else:
         cure = "For one that alternates the sign, pass staircase=True."
-        _check_at_least_zero(call, cure, decay_rate=decay_rate)
+        check_at_least_zero(call, cure, decay_rate=decay_rate)
     rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     return rate * _as(rate, decay_rate) ** periods
 
@@ -111,7 +114,7 @@ def natural_exp_decay(
     """
     call = "natural_exp_decay"
     check_bool(call, "staircase", staircase)
-    _check_finite(call, decay_rate=decay_rate)
+    check_finite(call, decay_rate=decay_rate)
     rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     return rate * jnp.exp(-_as(rate, decay_rate) * periods)
 
@@ -146,7 +149,7 @@ def inverse_time_decay(
     """
     call = "inverse_time_decay"
     check_bool(call, "staircase", staircase)
-    _check_finite(call, decay_rate=decay_rate)
+    check_finite(call, decay_rate=decay_rate)
     rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     return rate / (1 + _as(rate, decay_rate) * periods)
 
@@ -184,8 +187,8 @@ def polynomial_decay(
     """
     call = "polynomial_decay"
     check_bool(call, "cycle", cycle)
-    _check_finite(call, end_learning_rate=end_learning_rate)
-    _check_at_least_zero(call, "A negative one has no end.", power=power)
+    check_finite(call, end_learning_rate=end_learning_rate)
+    check_at_least_zero(call, "A negative one has no end.", power=power)
     rate, periods = _start(call, learning_rate, step, decay_steps)
     ends = jnp.maximum(jnp.ceil(periods), 1) if cycle else 1
     left = 1 - jnp.minimum(periods / ends, 1)
@@ -222,7 +225,7 @@ def cosine_decay(
         2016, arXiv:1608.03983, equation 5.
     """
     call = "cosine_decay"
-    _check_finite(call, alpha=alpha)
+    check_finite(call, alpha=alpha)
     rate, periods = _start(call, learning_rate, step, decay_steps)
     low = _as(rate, alpha)
     return rate * ((1 - low) * _half_cosine(jnp.minimum(periods, 1)) + low)
@@ -275,9 +278,9 @@ def cosine_decay_restarts(
         TensorFlow's.
     """
     call = "cosine_decay_restarts"
-    _check_positive(call, "Count in steps.", first_decay_steps=first_decay_steps)
-    _check_positive(call, "With 1 all cycles have one length.", t_mul=t_mul)
-    _check_finite(call, m_mul=m_mul, alpha=alpha)
+    check_positive(call, "Count in steps.", first_decay_steps=first_decay_steps)
+    check_positive(call, "With 1 all cycles have one length.", t_mul=t_mul)
+    check_finite(call, m_mul=m_mul, alpha=alpha)
     rate, step = _as_rate(call, learning_rate), _as_step(call, step)
     cycle, share = _cycle(step, first_decay_steps, t_mul, rate.dtype)
     low, height = _as(rate, alpha), _as(rate, m_mul) ** cycle
@@ -379,8 +382,8 @@ def noisy_linear_cosine_decay(
     """
     call = "noisy_linear_cosine_decay"
     cure = "With 0 there is no noise."
-    _check_at_least_zero(call, cure, initial_variance=initial_variance)
-    _check_finite(call, variance_decay=variance_decay)
+    check_at_least_zero(call, cure, initial_variance=initial_variance)
+    check_finite(call, variance_decay=variance_decay)
     check_key(call, "key", key)
     rate, periods = _start(call, learning_rate, step, decay_steps)
     share = jnp.minimum(periods, 1)
@@ -430,9 +433,6 @@ def piecewise_constant(
             f"{len(rates)} for {len(limits)} boundaries. Give one more than those."
         )
         raise argument_error(call, "values", values, problem)
-    for rate in rates:
-        wanted = "finite real numbers or 0-d arrays."
-        check_number(call, "values", rate, np.isfinite, wanted)
     dtype = jnp.result_type(jnp.float32, *(v.dtype for v in rates if is_array(v)))
     bounds = jnp.asarray([_bound(limit, step.dtype) for limit in limits], step.dtype)
     interval = jnp.searchsorted(bounds, step, method="compare_all")
@@ -447,7 +447,7 @@ def _start(
     staircase: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the rate as an array, and how many ``decay_steps`` have passed."""
-    _check_positive(call, "Count in steps.", decay_steps=decay_steps)
+    check_positive(call, "Count in steps.", decay_steps=decay_steps)
     rate = _as_rate(call, learning_rate)
     whole, share = _divide(_as_step(call, step), decay_steps, rate.dtype)
     return rate, whole if staircase else whole + share
@@ -493,7 +493,7 @@ def _line_times_cosine(
     alpha: Scalar,
     beta: Scalar,
 ) -> jax.Array:
-    _check_finite(call, num_periods=num_periods, alpha=alpha, beta=beta)
+    check_finite(call, num_periods=num_periods, alpha=alpha, beta=beta)
     cosine = jnp.cos(2 * jnp.pi * _as(rate, num_periods) * share)
     return rate * ((_as(rate, alpha) + line) * (1 + cosine) / 2 + _as(rate, beta))
 
@@ -573,7 +573,7 @@ def _as(like: jax.Array, value: Scalar) -> jax.Array:
 
 
 def _as_rate(call: str, learning_rate: Scalar) -> jax.Array:
-    _check_finite(call, learning_rate=learning_rate)
+    check_finite(call, learning_rate=learning_rate)
     kind = jnp.asarray(learning_rate).dtype if is_array(learning_rate) else jnp.float32
     return jnp.asarray(learning_rate, jnp.promote_types(kind, jnp.float32))
 
@@ -598,30 +598,14 @@ def _as_step(call: str, step: ArrayLike) -> jax.Array:
 def _as_list(
     call: str, argument: str, value: Sequence[Scalar] | jax.Array
 ) -> list[Scalar]:
-    text = isinstance(value, (str, bytes))
-    if (isinstance(value, Sequence) and not text) or (
-        is_array(value) and value.ndim == 1
-    ):
-        return list(value)
-    raise argument_error(call, argument, value, "must be a list.")
-
-
-def _check_finite(call: str, **arguments: object) -> None:
-    wanted = "a finite real number or a 0-d array."
-    for name, value in arguments.items():
-        check_number(call, name, value, np.isfinite, wanted)
-
-
-def _check_at_least_zero(call: str, cure: str, **arguments: object) -> None:
-    wanted = f"a finite real number >= 0 or a 0-d array. {cure}"
-    for name, value in arguments.items():
-        check_number(call, name, value, lambda n: 0 <= n < np.inf, wanted)
-
-
-def _check_positive(call: str, cure: str, **arguments: object) -> None:
-    wanted = f"a finite real number > 0 or a 0-d array. {cure}"
-    for name, value in arguments.items():
-        check_number(call, name, value, lambda n: 0 < n < np.inf, wanted)
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not (listed or (is_array(value) and value.ndim == 1)):
+        raise argument_error(call, argument, value, "must be a list.")
+    numbers = list(value)
+    for number in numbers:
+        wanted = "finite real numbers or 0-d arrays."
+        check_number(call, argument, number, np.isfinite, wanted)
+    return numbers
 
 
 def _check_boundaries(
@@ -629,8 +613,6 @@ def _check_boundaries(
 ) -> None:
     """Refuse boundaries that are no integers, as the step is, or do not increase."""
     for limit in limits:
-        wanted = "finite real numbers or 0-d arrays."
-        check_number(call, "boundaries", limit, np.isfinite, wanted)
         of_integers = jnp.issubdtype(jnp.result_type(limit), jnp.integer)
         if jnp.issubdtype(dtype, jnp.integer) and not of_integers:
             problem = (

@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
@@ -226,6 +227,34 @@ def _is_accepted(accept: Callable[[float], bool], value: Scalar) -> bool:
     with contextlib.suppress(OverflowError):
         return accept(float(value))
     return False
+
+
+def check_finite(call: str, **arguments: object) -> None:
+    """Refuse ``arguments`` unless each is a finite number or a 0-d array."""
+    wanted = "a finite real number or a 0-d array."
+    for name, value in arguments.items():
+        check_number(call, name, value, math.isfinite, wanted)
+
+
+def check_at_least_zero(call: str, cure: str = "", /, **arguments: object) -> None:
+    """Refuse ``arguments`` unless each is a finite number >= 0 or a 0-d array."""
+    wanted = f"a finite real number >= 0 or a 0-d array. {cure}".rstrip()
+    for name, value in arguments.items():
+        check_number(call, name, value, lambda n: 0 <= n < math.inf, wanted)
+
+
+def check_positive(call: str, cure: str = "", /, **arguments: object) -> None:
+    """Refuse ``arguments`` unless each is a finite number > 0 or a 0-d array."""
+    wanted = f"a finite real number > 0 or a 0-d array. {cure}".rstrip()
+    for name, value in arguments.items():
+        check_number(call, name, value, lambda n: 0 < n < math.inf, wanted)
+
+
+def check_below_one(call: str, cure: str = "", /, **arguments: object) -> None:
+    """Refuse ``arguments`` unless each is a number in [0, 1) or a 0-d array."""
+    wanted = f"a real number in [0, 1) or a 0-d array. {cure}".rstrip()
+    for name, value in arguments.items():
+        check_number(call, name, value, lambda n: 0 <= n < 1, wanted)
 
 
 def check_int(

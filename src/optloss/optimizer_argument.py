@@ -5,6 +5,7 @@ refused, or made the optimizer's stage of the chain.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
@@ -16,7 +17,7 @@ import optax
 from optloss.extra import by_signature
 from optloss.fast.packing import is_elementwise
 from optloss.groups import Groups, Maker, Table
-from optloss.hyperparams import INJECTED, keeps_first_rate
+from optloss.hyperparams import INJECTED, Factory, keeps_first_rate
 from optloss.knobs import SCHEDULE, check_scalar, is_schedule
 from optloss.made_by import name_of
 from optloss.messages import (
@@ -24,6 +25,7 @@ from optloss.messages import (
     argument_error,
     check_callable,
     check_int,
+    check_number,
     quoted,
     refusal,
     short_repr,
@@ -33,8 +35,6 @@ from optloss.names import is_pattern, text_of
 from optloss.optimizers.registry import get_factory, title
 from optloss.stages import Stage
 from optloss.transforms.learning_rate import (
-    Factory,
-    check_rate_number,
     check_transformation,
     inject_learning_rate,
 )
@@ -96,7 +96,7 @@ def check_learning_rate(call: str, given: Given) -> None:
             if not (mapped and isinstance(grouped, Mapping)):
                 _check_own_rates(call, argument, grouped)
         elif not is_schedule(rate):
-            check_rate_number(call, argument, rate, NUMBER)
+            check_number(call, argument, rate, lambda n: 0 <= n < math.inf, NUMBER)
         else:
             check_callable(call, argument, rate, 1, SCHEDULE)
             if decay_fn is not None:

@@ -12,7 +12,7 @@ from optloss.donation import clear_if_deleted
 from optloss.mesh import put_like
 from optloss.messages import (
     argument_error,
-    is_array,
+    check_at_least_zero,
     listing,
     nearest,
     quoted,
@@ -20,7 +20,7 @@ from optloss.messages import (
     short_repr,
 )
 from optloss.plateau import OwnRateState
-from optloss.transforms.learning_rate import LearningRateState, check_rate_number
+from optloss.transforms.learning_rate import LearningRateState
 from optloss.trees import own_copy
 from optloss.typing import PyTree, Scalar
 
@@ -65,15 +65,14 @@ def set_learning_rate(state: T, value: Scalar | Mapping[str, Scalar]) -> T:
         :func:`get_learning_rate`.
     """
     nodes, structure = jax.tree.flatten(state, is_leaf=_stops)
-    new: dict[str | None, Scalar] = {}
     bases = _bases("set_learning_rate", state, nodes)
     if isinstance(value, Mapping):
         _check_keys(state, value, bases)
-        for key, rate in value.items():
-            check_rate_number("set_learning_rate", f"value[{key!r}]", rate)
-        new.update(value.items())
+        named = {f"value[{key!r}]": rate for key, rate in value.items()}
+        check_at_least_zero("set_learning_rate", **named)
+        new: dict[str | None, Scalar] = dict(value.items())
     else:
-        check_rate_number("set_learning_rate", "value", value)
+        check_at_least_zero("set_learning_rate", value=value)
         new = dict.fromkeys(bases, value)
     for i, node in enumerate(nodes):
         if isinstance(node, LearningRateState):
@@ -112,7 +111,7 @@ def get_learning_rate(state: PyTree) -> jax.Array | Any:
     bases = _bases("get_learning_rate", state, nodes)
     with clear_if_deleted("get_learning_rate(state)", state):
         copies = {key: own_copy(base) for key, base in bases.items()}
-    return copies[None] if None in copies else {k: copies[k] for k in copies if k}
+    return copies.get(None, copies)
 
 
 def used_rates(state: PyTree) -> dict[str, jax.Array]:
@@ -132,6 +131,7 @@ def _stops(node: PyTree) -> bool:
 
 def _bases(call: str, state: PyTree, nodes: list[PyTree]) -> dict[str | None, Scalar]:
     """Return the base rates by key; one that is alone has the key ``None``."""
+    given = f"{call}({short_repr(type(state))})"
     found: dict[str | None, Scalar] = {}
     places = [node for node in nodes if isinstance(node, LearningRateState)]
     known = [node.base for node in places if node.base is not None]
@@ -146,13 +146,10 @@ def _bases(call: str, state: PyTree, nodes: list[PyTree]) -> dict[str | None, Sc
         )
         if callable(state):
             cure = "An op is no state: pass the one that it returned, or op.state."
-        raise refusal(
-            f"{call}({short_repr(type(state))})",
-            f"the state holds no base rate. {cure}",
-        )
+        raise refusal(given, f"the state holds no base rate. {cure}")
     if None in found and len(places) > 1:
         raise refusal(
-            f"{call}({short_repr(type(state))})",
+            given,
             f"the state holds {len(places)} base rates. Set them one by one in their "
             "parts of the state.",
         )
@@ -185,7 +182,8 @@ def _check_keys(
 
 def _replaced(base: PyTree, new: Mapping[str | None, Scalar]) -> PyTree:
     if isinstance(base, dict):
-        return {key: _beside(old, new.get(key, old)) for key, old in base.items()}
+        changed = {key: _beside(base[key], new[key]) for key in base if key in new}
+        return base | changed
     return base if base is None else _beside(base, new[None])
 
 
@@ -193,6 +191,4 @@ def _beside(old: PyTree, value: Scalar) -> jax.Array:
     if hasattr(old, "get_value"):  # the Variable that an nnx.Optimizer wraps it in
         beside: jax.Array = old.replace(_beside(old.get_value(), value))
         return beside
-    if value is old and is_array(old):
-        return old
     return put_like(jnp.array(value, old.dtype, copy=True), old)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from optloss.messages import argument_error
-from optloss.trees import accumulator_dtype, is_inexact, real_dtype
+from optloss.trees import accumulator_dtype, is_inexact, real_dtype, to_float32
 from optloss.typing import PyTree, Scalar
 
 Rule = Callable[..., tuple[jax.Array, ...]]
 
 
 def elementwise(
-    start: Callable[[PyTree], PyTree], rule: Rule, *, solver: str | None = None
+    start: optax.TransformInitFn, rule: Rule, *, solver: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transform that applies ``rule(gradient, *slots) -> (update, *slots)``.
 
@@ -27,9 +27,6 @@ def elementwise(
     ``step``, that is counted, and handed to the rule as the last argument. A ``solver``
     is handed the parameter, too, after the slots, and named where it is missing.
     """
-
-    def init(params: PyTree) -> PyTree:
-        return start(params)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: object
@@ -41,18 +38,15 @@ def elementwise(
             )
             raise argument_error(f"{solver}.update", "params", params, problem)
         others = [params] if solver else []
-        if "step" not in state._fields:
-            updates, slots = _map_rule(rule, updates, state, others)
-            return updates, type(state)(*slots)
-        step = optax.safe_increment(state.step)
+        step = [optax.safe_increment(state.step)] if "step" in state._fields else []
 
-        def counted(*row: PyTree) -> tuple[jax.Array, ...]:
-            return rule(*row, step)
+        def at_step(*row: PyTree) -> tuple[jax.Array, ...]:
+            return rule(*row, *step)
 
-        updates, slots = _map_rule(counted, updates, state[1:], others)
-        return updates, type(state)(step, *slots)
+        updates, slots = _map_rule(at_step, updates, state[len(step) :], others)
+        return updates, type(state)(*step, *slots)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(start, update)
 
 
 def slots(params: PyTree, value: Scalar, *, real: bool = False) -> PyTree:
@@ -83,15 +77,23 @@ def _map_rule(
     rule: Rule, updates: PyTree, slots: Sequence[PyTree], others: Sequence[PyTree]
 ) -> tuple[PyTree, list[PyTree]]:
     """Apply ``rule`` leaf by leaf. A slot that is ``None`` for all leaves stays so."""
+
+    def apply(gradient: PyTree, *row: PyTree) -> tuple[PyTree, ...]:
+        before = row[: len(slots)]
+        if not is_inexact(gradient):
+            return gradient, *before
+        update, *after = rule(to_float32(gradient), *row)
+        pairs = zip(before, after, strict=True)
+        kept = (None if old is None else new.astype(old.dtype) for old, new in pairs)
+        return update, *kept
+
     leaves = jax.tree.leaves(updates, is_leaf=_is_absent)
     structure: Any = jax.tree.structure(updates, is_leaf=_is_absent)
     columns = [
         [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
         for tree in (*slots, *others)
     ]
-    rows = [
-        _apply(rule, len(slots), *row) for row in zip(leaves, *columns, strict=True)
-    ]
+    rows = [apply(*row) for row in zip(leaves, *columns, strict=True)]
     stepped, *kept = (
         jax.tree.unflatten(structure, [row[i] for row in rows])
         for i in range(1 + len(slots))
@@ -102,13 +104,3 @@ def _map_rule(
 
 def _is_absent(node: object) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
-
-
-def _apply(
-    rule: Rule, slots: int, gradient: PyTree, *row: PyTree
-) -> tuple[PyTree, ...]:
-    if not is_inexact(gradient):
-        return gradient, *row[:slots]
-    update, *new = rule(gradient.astype(accumulator_dtype(gradient.dtype)), *row)
-    pairs = zip(row[:slots], new, strict=True)
-    return update, *(None if old is None else s.astype(old.dtype) for old, s in pairs)

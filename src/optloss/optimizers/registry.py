@@ -137,19 +137,14 @@ def register_optimizer(name: str, factory: Factory) -> None:
         >>> list_optimizers("heavy*")
         ['heavy_ball']
     """
+    call = "register_optimizer"
     if not _is_identifier(name):
-        raise argument_error(
-            "register_optimizer", "name", name, "must be an identifier."
-        )
+        raise argument_error(call, "name", name, "must be an identifier.")
     if name in _registered:
-        raise argument_error(
-            "register_optimizer",
-            "name",
-            name,
-            "is taken. Choose another name; a registered one is never replaced.",
-        )
+        problem = "is taken. Choose another name; a registered one is never replaced."
+        raise argument_error(call, "name", name, problem)
     wanted = "a function of the learning rate that returns a transformation"
-    check_callable("register_optimizer", "factory", factory, 1, wanted, more=True)
+    check_callable(call, "factory", factory, 1, wanted, more=True)
     _registered[name] = factory
 
 
@@ -162,10 +157,13 @@ def get_factory(call: str, text: str) -> Factory:
 
     Refusals are worded for the argument ``optimizer`` of ``call``.
     """
-    name, keywords = (text, {}) if text in _registered else _parse(call, text)
+    name, keywords = _parse(call, text)
     factory = _registered.get(name)
     if factory is None:
-        raise argument_error(call, "optimizer", text, _unknown(name))
+        close = nearest(name, _registered, 1)
+        hint = f"Did you mean {quoted(close[0])}? " if close else ""
+        problem = f"no optimizer of that name. {hint}list_optimizers() prints them all."
+        raise argument_error(call, "optimizer", text, problem)
     if not keywords:
         return factory
     _check_keywords(call, text, factory, keywords)
@@ -216,16 +214,9 @@ def title(text: str) -> str:
     return f"optax.contrib.{text}" if name in CONTRIB_NAMES else text
 
 
-def _unknown(name: str) -> str:
-    close = nearest(name, _registered, 1)
-    hint = f"Did you mean {quoted(close[0])}? " if close else ""
-    return f"no optimizer of that name. {hint}list_optimizers() prints them all."
-
-
 def _parse(call: str, text: str) -> tuple[str, dict[str, object]]:
-    name = text.partition("(")[0].strip()
     if "(" not in text:
-        return name, {}
+        return text.strip(), {}
     try:
         if len(text) > LONGEST_TEXT:
             raise ValueError
@@ -254,19 +245,18 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, object]]:
 def _check_keywords(
     call: str, text: str, factory: Factory, keywords: dict[str, object]
 ) -> None:
-    parameters = inspect.signature(factory).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    known = [
-        name
-        for i, (name, p) in enumerate(parameters.items())
-        if i > 0 and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    _, *others = inspect.signature(factory).parameters.values()
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
+    by_keyword = (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    known = [p.name for p in others if p.kind in by_keyword]
     taken = listing(known, 20) or "none"
-    for keyword in keywords:
+    for keyword, value in keywords.items():
         if keyword not in known and not open_ended:
             problem = f"it has no keyword {quoted(keyword)}. It takes {taken}."
             raise argument_error(call, "optimizer", text, problem)
-        value = keywords[keyword]
         if isinstance(value, float) and not math.isfinite(value):
             problem = f"the number {value} of {keyword!r} is not finite."
             raise argument_error(call, "optimizer", text, problem)

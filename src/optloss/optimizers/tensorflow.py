@@ -24,7 +24,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_bool, check_number, is_array
+from optloss.messages import (
+    check_at_least_zero,
+    check_below_one,
+    check_bool,
+    check_finite,
+    check_number,
+    check_positive,
+    is_array,
+)
 from optloss.optimizers.elementwise import elementwise, scalar, slots, square
 from optloss.typing import PyTree, Scalar
 
@@ -98,8 +106,8 @@ def adagrad(
         Stochastic Optimization*, JMLR 12, 2011, figure 1.
     """
     call = "adagrad"
-    _check_at_least_zero(call, learning_rate=learning_rate)
-    _check_positive(call, initial_accumulator_value=initial_accumulator_value)
+    check_at_least_zero(call, learning_rate=learning_rate)
+    check_positive(call, initial_accumulator_value=initial_accumulator_value)
 
     def start(params: optax.Params) -> AdagradState:
         return AdagradState(slots(params, initial_accumulator_value, real=True))
@@ -156,8 +164,8 @@ def adam(
         arXiv:1412.6980, section 2, the order of computation at its end.
     """
     call = "adam"
-    _check_at_least_zero(call, learning_rate=learning_rate, epsilon=epsilon)
-    _check_below_one(call, beta1=beta1, beta2=beta2)
+    check_at_least_zero(call, learning_rate=learning_rate, epsilon=epsilon)
+    check_below_one(call, beta1=beta1, beta2=beta2)
 
     def start(params: optax.Params) -> AdamState:
         step = jnp.zeros((), jnp.int32)
@@ -226,7 +234,7 @@ def ftrl(
         algorithm 1, with :math:`\beta = 0`; the shrinkage is TensorFlow's.
     """
     call = "ftrl"
-    _check_at_least_zero(
+    check_at_least_zero(
         call,
         learning_rate=learning_rate,
         initial_accumulator_value=initial_accumulator_value,
@@ -234,7 +242,13 @@ def ftrl(
         l2_regularization_strength=l2_regularization_strength,
         l2_shrinkage_regularization_strength=l2_shrinkage_regularization_strength,
     )
-    _check_at_most_zero(call, learning_rate_power=learning_rate_power)
+    check_number(
+        call,
+        "learning_rate_power",
+        learning_rate_power,
+        lambda n: -math.inf < n <= 0,
+        "a finite real number <= 0 or a 0-d array.",
+    )
 
     def start(params: optax.Params) -> FtrlState:
         n = slots(params, initial_accumulator_value, real=True)
@@ -297,8 +311,8 @@ def momentum(
         momentum in deep learning*, ICML 2013.
     """
     call = "momentum"
-    _check_at_least_zero(call, learning_rate=learning_rate)
-    _check_finite(call, momentum=momentum)
+    check_at_least_zero(call, learning_rate=learning_rate)
+    check_finite(call, momentum=momentum)
     check_bool(call, "use_nesterov", use_nesterov)
 
     def start(params: optax.Params) -> MomentumState:
@@ -362,9 +376,10 @@ def rmsprop(
         lecture 6.5, 2012. Centered: Graves, 2013, arXiv:1308.0850, equations 38 to 45.
     """
     call = "rmsprop"
-    _check_at_least_zero(call, learning_rate=learning_rate, epsilon=epsilon)
-    _check(call, lambda n: 0 <= n <= 1, "real number in [0, 1]", {"decay": decay})
-    _check_finite(call, momentum=momentum)
+    check_at_least_zero(call, learning_rate=learning_rate, epsilon=epsilon)
+    wanted = "a real number in [0, 1] or a 0-d array."
+    check_number(call, "decay", decay, lambda n: 0 <= n <= 1, wanted)
+    check_finite(call, momentum=momentum)
     check_bool(call, "centered", centered)
     carried = is_array(momentum) or momentum != 0
 
@@ -409,7 +424,7 @@ def sgd(learning_rate: Scalar) -> optax.GradientTransformationExtraArgs:
         >>> print(updates)
         [-0.5]
     """
-    _check_at_least_zero("sgd", learning_rate=learning_rate)
+    check_at_least_zero("sgd", learning_rate=learning_rate)
 
     def rule(g: jax.Array) -> Rows:
         return (-scalar(g, learning_rate) * g,)
@@ -441,33 +456,3 @@ def _root(accumulator: jax.Array, power: Scalar) -> jax.Array:
     if not is_array(power) and power == -0.5:
         return jnp.sqrt(accumulator)
     return accumulator ** -scalar(accumulator, power)
-
-
-def _check(
-    call: str,
-    accept: Callable[[float], bool],
-    wanted: str,
-    arguments: dict[str, object],
-) -> None:
-    for name, value in arguments.items():
-        check_number(call, name, value, accept, f"a {wanted} or a 0-d array.")
-
-
-def _check_finite(call: str, **arguments: object) -> None:
-    _check(call, math.isfinite, "finite real number", arguments)
-
-
-def _check_at_least_zero(call: str, **arguments: object) -> None:
-    _check(call, lambda n: 0 <= n < math.inf, "finite real number >= 0", arguments)
-
-
-def _check_positive(call: str, **arguments: object) -> None:
-    _check(call, lambda n: 0 < n < math.inf, "finite real number > 0", arguments)
-
-
-def _check_at_most_zero(call: str, **arguments: object) -> None:
-    _check(call, lambda n: -math.inf < n <= 0, "finite real number <= 0", arguments)
-
-
-def _check_below_one(call: str, **arguments: object) -> None:
-    _check(call, lambda n: 0 <= n < 1, "real number in [0, 1)", arguments)

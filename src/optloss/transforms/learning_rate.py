@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from optloss.extra import by_signature
-from optloss.hyperparams import check_rate_is_outside
+from optloss.hyperparams import Factory, check_rate_is_outside
 from optloss.knobs import SCHEDULE, check_scalar, is_schedule
 from optloss.messages import (
     argument_error,
+    check_at_least_zero,
     check_callable,
-    check_number,
     is_array,
     refusal,
     short_repr,
@@ -23,6 +23,7 @@ from optloss.messages import (
 from optloss.plateau import plateau_scale
 from optloss.summaries import LEARNING_RATE
 from optloss.trees import (
+    accumulator_dtype,
     increment,
     inexact_only,
     is_inexact,
@@ -36,7 +37,6 @@ from optloss.typing import DecayFn, PyTree, Scalar, Schedule
 
 Rate = Scalar | Schedule
 Rates = jax.Array | dict[str, jax.Array]
-Factory = Callable[[jax.Array], optax.GradientTransformation]
 
 
 class LearningRateState(NamedTuple):
@@ -53,13 +53,13 @@ class LearningRateState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
+        rates = (
+            {f"{LEARNING_RATE}/{key}": rate for key, rate in self.rate.items()}
+            if isinstance(self.rate, dict)
+            else {LEARNING_RATE: self.rate}
+        )
         scale = plateau_scale(self.inner)
-        if isinstance(self.rate, dict):
-            return {
-                f"{LEARNING_RATE}/{key}": rate if scale is None else rate * scale
-                for key, rate in self.rate.items()
-            }
-        return {LEARNING_RATE: self.rate if scale is None else self.rate * scale}
+        return rates if scale is None else {tag: rates[tag] * scale for tag in rates}
 
 
 def scale_by_learning_rate(
@@ -111,8 +111,9 @@ def scale_by_learning_rate(
     return with_rate("scale_by_learning_rate", _descend, learning_rate, decay_fn)
 
 
-def _descend(rate: jax.Array) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: scale_leaves(updates, -rate))
+def _descend(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
+    scale = optax.stateless(lambda updates, _: scale_leaves(updates, -rate))
+    return optax.with_extra_args_support(scale)
 
 
 def inject_learning_rate(
@@ -157,7 +158,7 @@ def inject_learning_rate(
     wanted = "a function of the learning rate, such as optax.adam"
     check_callable("inject_learning_rate", "factory", factory, 1, wanted)
 
-    def build(rate: jax.Array) -> optax.GradientTransformation:
+    def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         return in_float32(check_transformation("inject_learning_rate", factory(rate)))
 
     return with_rate("inject_learning_rate", build, learning_rate, decay_fn)
@@ -184,7 +185,7 @@ def in_float32(
 
 def with_rate(
     call: str,
-    factory: Factory,
+    factory: Callable[[jax.Array], optax.GradientTransformationExtraArgs],
     learning_rate: Rate,
     decay_fn: DecayFn | None,
     key: str | None = None,
@@ -194,14 +195,11 @@ def with_rate(
     The rate is one of several where it has a ``key``.
     """
     check_rate(call, learning_rate, decay_fn)
-    schedule = learning_rate if callable(learning_rate) else None
-
-    def build(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return by_signature(factory(rate))
 
     def rate_at(base: jax.Array, step: jax.Array) -> Scalar:
-        if schedule is not None:
-            return check_scalar(call, "learning_rate", schedule, schedule(step))
+        if callable(learning_rate):
+            result = learning_rate(step)
+            return check_scalar(call, "learning_rate", learning_rate, result)
         if decay_fn is None:
             return base
         return check_scalar(call, "decay_fn", decay_fn, decay_fn(base, step))
@@ -210,7 +208,7 @@ def with_rate(
         base = None if callable(learning_rate) else start_rate(learning_rate)
         rate = jnp.zeros((), jnp.float32) if base is None else jnp.copy(base)
         trained = inexact_only(params)
-        first = build(rate).init(trained)
+        first = factory(rate).init(trained)
         inner = keep_dtypes(first, first)  # in strong types, as an update leaves them
         check_rate_is_outside(call, factory, inner, trained)
         step = jnp.zeros((), jnp.int32)
@@ -232,11 +230,8 @@ def with_rate(
             extra["step"] = step
         if "grad" in extra:
             extra["grad"] = inexact_only(extra["grad"])
-        steps, inner = build(rate).update(
-            inexact_only(updates),
-            state.inner,
-            None if params is None else inexact_only(params),
-            **extra,
+        steps, inner = factory(rate).update(
+            inexact_only(updates), state.inner, inexact_only(params), **extra
         )
         selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
         inner = keep_dtypes(inner, state.inner)
@@ -257,10 +252,8 @@ def _value(rate: Rates) -> jax.Array:
 
 def start_rate(learning_rate: Scalar) -> jax.Array:
     """Return the base rate as a scalar of its own: float64 only if given as such."""
-    wide = is_array(learning_rate) and learning_rate.dtype == jnp.float64
-    # A float64 array of NumPy's is float32 to a JAX that has no 64 bits.
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float64 if wide else jnp.float32)
-    return jnp.array(learning_rate, dtype, copy=True)
+    given = learning_rate.dtype if is_array(learning_rate) else jnp.float32
+    return jnp.array(learning_rate, accumulator_dtype(given), copy=True)
 
 
 def check_rate(call: str, learning_rate: object, decay_fn: object) -> None:
@@ -278,23 +271,7 @@ def check_rate(call: str, learning_rate: object, decay_fn: object) -> None:
                 "a schedule and a decay function exclude each other. Give a number.",
             )
         return
-    check_rate_number(call, "learning_rate", learning_rate)
-
-
-def check_rate_number(
-    call: str,
-    argument: str,
-    value: object,
-    requirement: str = "a finite real number >= 0 or a 0-d array.",
-) -> None:
-    """Refuse ``value`` unless it is a finite real number >= 0 or a 0-d array."""
-    check_number(
-        call,
-        argument,
-        value,
-        lambda number: 0 <= number < float("inf"),
-        requirement,
-    )
+    check_at_least_zero(call, learning_rate=learning_rate)
 
 
 def check_transformation(call: str, result: object) -> optax.GradientTransformation:
