@@ -180,9 +180,6 @@ class _Tally(NamedTuple):
     nonfinite: jax.Array
     counts: jax.Array
 
-    def histogram(self) -> Histogram:
-        return Histogram(*self[:-1], None, self.counts)
-
 
 def histogram(tree: PyTree, *, axis_name: AxisName = None) -> Histogram:
     r"""Return the histogram of all floating and complex values of ``tree`` together.
@@ -217,11 +214,12 @@ def histogram(tree: PyTree, *, axis_name: AxisName = None) -> Histogram:
     """
     check_axis_name("histogram", axis_name)
     axes = axes_of(axis_name)
-    dtype = np.dtype(norm_dtype(tree))
+    dtype = norm_dtype(tree)
+    count = functools.partial(_of_a_leaf, dtype=dtype)
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
-    parts = [_over_the_mesh(leaf, axes, dtype) for leaf in leaves]
+    parts: list[_Tally] = [reduce_over_mesh(count, leaf, axes) for leaf in leaves]
     tally = functools.reduce(_merge, parts) if parts else _nothing(dtype)
-    return tally.histogram()
+    return Histogram(*tally[:-1], None, tally.counts)
 
 
 def _nothing(dtype: DType) -> _Tally:
@@ -283,24 +281,13 @@ def _bucket(values: jax.Array) -> jax.Array:
     # A bucket owns its lower end; mirrored, its upper one: hence one bit pattern less.
     key = magnitude - negative.astype(edges.dtype)
     cell = jnp.clip((key >> table.shift) - table.first, 0, len(table.below) - 1)
-    rank = _take(below, cell)
-    rank += (key >= _take(edges, rank)).astype(rank.dtype)
+    rank = below.at[cell].get(mode=IN_BOUNDS)
+    rank += (key >= edges.at[rank].get(mode=IN_BOUNDS)).astype(rank.dtype)
     zero = len(table.edges)
     return jnp.where(negative, zero - rank, zero + 1 + rank).astype(jnp.int32)
 
 
-def _take(table: jax.Array, index: jax.Array) -> jax.Array:
-    return table.at[index].get(mode=IN_BOUNDS)
-
-
-def _over_the_mesh(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
-    tally: _Tally = reduce_over_mesh(
-        lambda leaf, axes: _of_a_leaf(leaf, axes, dtype), leaf, axes
-    )
-    return tally
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
 def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
     values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
     finite = jnp.isfinite(values)
@@ -311,7 +298,7 @@ def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
     counts = jnp.zeros(buckets + 1, jnp.int32)
     places = jnp.where(finite, _bucket(values), buckets)
     counts = counts.at[places].add(1, mode=IN_BOUNDS)
-    here = start._replace(
+    here = _Tally(
         min=jnp.min(jnp.where(finite, values, start.min)),
         max=jnp.max(jnp.where(finite, values, start.max)),
         num=jnp.sum(counts[:buckets], dtype=jnp.int32),
@@ -321,14 +308,11 @@ def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
         counts=counts[:buckets],
     )
     over = varying_axes(leaf, axes)
-    return _over_devices(here, over) if over else here
-
-
-def _over_devices(part: _Tally, axes: Axes) -> _Tally:
-    """Return the tally of what all devices along ``axes`` hold together."""
-    total: _Tally = jax.lax.psum(part, axes)
+    if not over:
+        return here
+    total: _Tally = jax.lax.psum(here, over)
     return total._replace(
-        min=jax.lax.pmin(part.min, axes), max=jax.lax.pmax(part.max, axes)
+        min=jax.lax.pmin(here.min, over), max=jax.lax.pmax(here.max, over)
     )
 
 

@@ -289,21 +289,21 @@ def _place_traced(
         return spread
     if parameter is None or not jnp.issubdtype(parameter.dtype, jnp.inexact):
         return leaf
-    return jnp.where(_never(parameter), jnp.ones((), leaf.dtype), leaf)
+    return jnp.where(never(parameter), jnp.ones((), leaf.dtype), leaf)
 
 
 def zeros_like(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return zeros that are spread as the traced ``leaf`` is."""
     zeros = jnp.zeros_like(leaf, dtype)
-    return vary_over(jnp.where(_never(leaf), jnp.ones((), dtype), zeros), varying(leaf))
+    return vary_over(jnp.where(never(leaf), jnp.ones((), dtype), zeros), varying(leaf))
 
 
-def _never(leaf: jax.Array) -> jax.Array:
+def never(leaf: jax.Array) -> jax.Array:
+    """Return False for each element of ``leaf``, which XLA cannot know."""
     # With Auto axes zeros_like(leaf) loses the sharding; what is computed from leaf, as
     # this False everywhere, has it. A TPU's compiler knows that abs(leaf) < 0 is False.
-    real = leaf.real if jnp.iscomplexobj(leaf) else leaf
-    width = real.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(real, jnp.dtype(f"uint{width}"))
+    width = leaf.real.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(leaf.real, jnp.dtype(f"uint{width}"))
     return jax.lax.population_count(bits) > width
 
 

@@ -327,13 +327,8 @@ def check_callable(
 ) -> None:
     """Refuse ``fn`` unless it can be called with so many positional ``arguments``.
 
-    Args:
-        call: Who refuses.
-        argument: The name that ``fn`` was given under.
-        fn: What was given.
-        arguments: How many there are.
-        signature: Completes the sentence "must be ...": "a function step -> rate".
-        more: Whether others may be needed, which are not known yet.
+    ``signature`` completes the sentence "must be ...": "a function step -> rate". With
+    ``more``, others may be needed, which are not known yet.
     """
     if not callable(fn):
         raise argument_error(call, argument, fn, f"must be {signature}.")

@@ -11,7 +11,7 @@ and one that earlier patterns leave nothing to, are errors.
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeGuard
 
 import jax
@@ -51,7 +51,10 @@ def leaf_names(tree: PyTree) -> list[str]:
         # An nnx Variable adds a key of its own, which `init` sees and `update` may not.
         below = jax.tree_util.tree_flatten_with_path(node)[0]
         cut = 1 if _is_nnx_variable(node) else 0
-        names += [_join((*path, *rest[cut:])) for rest, _ in below]
+        paths = [(*path, *rest[cut:]) for rest, _ in below]
+        names += [
+            jax.tree_util.keystr(path, simple=True, separator="/") for path in paths
+        ]
     return names
 
 
@@ -60,17 +63,6 @@ def _is_nnx_variable(node: object) -> bool:
         base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
         for base in type(node).__mro__
     )
-
-
-def _join(path: Iterable[object]) -> str:
-    return "/".join(_segment(key) for key in path)
-
-
-def _segment(key: object) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def check_names(call: str, params: PyTree) -> None:
@@ -153,7 +145,7 @@ def first_match(
 def _unused_pattern(
     call: str, pattern: Pattern, matches: Callable[[str], bool], names: Sequence[str]
 ) -> ValueError:
-    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    text = text_of(pattern)
     shown, taken = quoted(text), [name for name in names if matches(name)]
     if taken:
         return refusal(
@@ -161,23 +153,15 @@ def _unused_pattern(
             f"the pattern {shown} is left nothing by the patterns before it, which "
             f"already match {listing(taken)}. Put the narrower pattern first.",
         )
-    if text.endswith(":0"):
-        name = text.removesuffix(":0")
-        advice = f"Write {quoted(name)}." if name in names else _suggest(name, names)
-        return refusal(
-            call,
-            f"the pattern {shown} matches no parameter: names have no ':0' ending "
-            f"here. {advice}",
-        )
-    advice = _suggest(text, names)
-    return refusal(call, f"the pattern {shown} matches no parameter. {advice}")
-
-
-def _suggest(text: str, names: Sequence[str]) -> str:
-    close = nearest(text, names)
-    if close:
-        return f"Nearest: {listing(close)}."
-    return f"The parameters are {listing(names)}." if names else "There are none."
+    name = text.removesuffix(":0")
+    ending = ": names have no ':0' ending here" if name != text else ""
+    if ending and name in names:
+        advice = f"Write {quoted(name)}."
+    elif close := nearest(name, names):
+        advice = f"Nearest: {listing(close)}."
+    else:
+        advice = f"The parameters are {listing(names)}." if names else "There are none."
+    return refusal(call, f"the pattern {shown} matches no parameter{ending}. {advice}")
 
 
 def check_variables(call: str, variables: Variables) -> Variables:
@@ -253,13 +237,21 @@ def _choose(
     if variables is None:
         return [True] * len(names)
     if is_mask(variables):
-        return _mask_leaves(call, variables, params, names)
+        # By name, not structure: an nnx State meets its own plain arrays in an update.
+        if leaf_names(variables) != names:
+            raise argument_error(
+                call,
+                "variables",
+                variables,
+                "a tree of bools must have the structure of the parameters, "
+                f"{jax.tree.structure(params)}. Names, patterns or a predicate (name, "
+                "leaf) -> bool are accepted, too.",
+            )
+        return jax.tree.leaves(variables)
     if callable(variables):
         return [bool(variables(*pair)) for pair in zip(names, leaves, strict=True)]
-    patterns = (
-        [variables] if isinstance(variables, (str, re.Pattern)) else list(variables)
-    )
-    for pattern in sorted(patterns, key=str):
+    patterns = as_patterns(call, "variables", variables)
+    for pattern in patterns:
         first_match(f"{call}, variables", [pattern], names)
     return [
         index is not None for index in first_match(call, patterns, names, check=False)
@@ -268,15 +260,15 @@ def _choose(
 
 def as_patterns(call: str, argument: str, value: object) -> list[Pattern]:
     """Return names and patterns as a list, of which ``value`` may be one."""
-    if isinstance(value, (str, re.Pattern)):
+    if is_pattern(value):
         return [value]
-    if not isinstance(value, Collection) or not is_pattern_list(value):
+    if not is_pattern_list(value):
         problem = "must be a name, a pattern or a list of them."
         raise argument_error(call, argument, value, problem)
     return sorted(value, key=str)
 
 
-def is_pattern_list(value: object) -> bool:
+def is_pattern_list(value: object) -> TypeGuard[Collection[Pattern]]:
     """Tell whether ``value`` is a list, tuple or set of names and patterns."""
     return isinstance(value, (list, tuple, set, frozenset)) and all(
         is_pattern(entry) for entry in value
@@ -292,19 +284,3 @@ def is_mask(value: object) -> bool:
     except (RecursionError, SystemError):  # a list that holds itself
         return False
     return bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
-
-
-def _mask_leaves(
-    call: str, mask: PyTree, params: PyTree, names: list[str]
-) -> list[bool]:
-    # By name, not by structure: an nnx State meets its own plain arrays in an update.
-    if leaf_names(mask) != names:
-        raise argument_error(
-            call,
-            "variables",
-            mask,
-            "a tree of bools must have the structure of the parameters, "
-            f"{jax.tree.structure(params)}. Names, patterns or a predicate (name, "
-            "leaf) -> bool are accepted, too.",
-        )
-    return [bool(leaf) for leaf in jax.tree.leaves(mask)]

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from optloss.donation import clear_if_deleted
 from optloss.fast.handover import Stacked, empty_like
@@ -185,14 +184,10 @@ def step_summaries(
     measured: Measured | None,
     step: jax.Array | None,
 ) -> dict[str, jax.Array | Histogram]:
-    """Return the summaries of a step, by tag.
+    """Return the summaries of a step, by tag: of loss and gradient as far as known.
 
-    Args:
-        asked: What is to be reported.
-        loss: The loss before the update, where it is known.
-        rates: The learning rates of the update by tag, where they are known.
-        measured: The gradient, where anything of it is asked for.
-        step: The step before its increment, where there is a counter.
+    The loss is that before the update. The step is that before its increment, ``None``
+    without a counter.
     """
     found: dict[str, jax.Array | Histogram] = {}
     if "loss" in asked.summaries and loss is not None:
@@ -205,13 +200,11 @@ def step_summaries(
         found |= _histograms(asked, measured.clipped, step)
     prefix = f"{asked.name}/" if asked.name else ""
     return {
-        prefix + tag: value if isinstance(value, Histogram) else _float32(value)
+        prefix + tag: value
+        if isinstance(value, Histogram)
+        else jnp.asarray(value, jnp.float32)
         for tag, value in found.items()
     }
-
-
-def _float32(value: ArrayLike) -> jax.Array:
-    return jnp.asarray(value, jnp.float32)
 
 
 def _norms(asked: Asked, measured: Measured) -> dict[str, jax.Array]:

@@ -67,8 +67,7 @@ def inexact_leaves(tree: PyTree) -> list[jax.Array]:
 def own_copy(leaf: ArrayLike | np.generic) -> jax.Array:
     """Return ``leaf`` as an array of its own whose type is not weak."""
     leaf = jnp.array(leaf, copy=True)
-    weak = getattr(leaf, "weak_type", False)  # an array of random keys has none
-    return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
+    return jax.lax.convert_element_type(leaf, leaf.dtype)
 
 
 def own_copies(leaves: list[PyTree]) -> list[PyTree]:
@@ -138,10 +137,7 @@ def negative_zeros(shapes: PyTree, like: PyTree) -> PyTree:
     def zero(shape: PyTree, leaf: PyTree) -> PyTree:
         if not is_inexact(shape):
             return leaf
-        complex_leaf = jnp.issubdtype(shape.dtype, jnp.complexfloating)
-        nothing = complex(-0.0, -0.0) if complex_leaf else -0.0
-        dtype = jax.dtypes.canonicalize_dtype(shape.dtype)
-        return jnp.full_like(leaf, nothing, dtype=dtype)
+        return -jnp.zeros_like(leaf, jax.dtypes.canonicalize_dtype(shape.dtype))
 
     return jax.tree.map(zero, shapes, like)
 

@@ -206,7 +206,7 @@ def _add_together(
     """Draw all leaves as the rows of one matrix, in a branch of its own."""
     sizes = [leaf.size for leaf in leaves]
     starts = np.cumsum([0, *(-(-size // WIDTH) * WIDTH for size in sizes)])
-    dtype = _wide(leaves[0].dtype)
+    dtype = accumulator_dtype(leaves[0].dtype)
 
     def draw() -> jax.Array:
         return _draw_rows(sampler, keys, sizes, dtype)
@@ -249,12 +249,8 @@ def _groups(leaves: Leaves, owners: tuple[int, ...]) -> list[list[int]]:
     groups: dict[Hashable, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if leaf.size <= SMALL and is_whole(leaf):
-            groups.setdefault((_wide(leaf.dtype), owners[i]), []).append(i)
+            groups.setdefault((accumulator_dtype(leaf.dtype), owners[i]), []).append(i)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _wide(dtype: DTypeLike) -> np.dtype[np.generic]:
-    return jnp.promote_types(accumulator_dtype(dtype), jnp.float32)
 
 
 def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -268,7 +264,7 @@ def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:
             (key[0], key[1]), _of_part(part, high, low), dtype, sampler.distribution
         )
 
-    return _both_parts(draw, _wide(leaf.dtype))
+    return _both_parts(draw, accumulator_dtype(leaf.dtype))
 
 
 def _both_parts(

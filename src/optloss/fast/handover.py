@@ -17,11 +17,8 @@ from optloss.histograms import Histogram, histogram
 from optloss.mesh import vary_over, varying
 from optloss.typing import PyTree
 
-FLOATS, INTEGERS = (0, 1, 3, 4), (2, 5)
+INTEGERS, LIMITS, COUNTS = (2, 5), 6, 7
 """Places of a histogram's parts in the order of its arguments."""
-LIMITS, COUNTS = 6, 7
-COLUMNS = {place: column for column, place in enumerate((*FLOATS, *INTEGERS))}
-
 
 Tags = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
@@ -98,17 +95,20 @@ class _Row(Sequence[jax.Array | None]):
         # It may be looked at where 64 bits, with which it was made, are off again.
         with jax.enable_x64(bytes_each == 8 or jax.config.jax_enable_x64):
             if place == COUNTS:
-                return self._stack[self._row, len(COLUMNS) :].astype(np.int32)
-            part = self._stack[self._row, COLUMNS[place]]
+                return self._stack[self._row, LIMITS:].astype(np.int32)
+            part = self._stack[self._row, place]
             if place in INTEGERS:
                 return part.astype(np.int32)
             return jax.lax.bitcast_convert_type(part, f"float{8 * bytes_each}")
 
 
 def _pack(histogram: Histogram) -> jax.Array:
-    parts = tuple(histogram.tree_flatten()[0])
+    parts = histogram.tree_flatten()[0]
     word = np.dtype(f"i{parts[0].dtype.itemsize}")
-    floats = jnp.stack([parts[place] for place in FLOATS])
-    integers = jnp.stack([parts[place].astype(word) for place in INTEGERS])
-    bits = jax.lax.bitcast_convert_type(floats, word)
-    return jnp.concatenate([bits, integers, parts[COUNTS].astype(word)])
+    scalars = [
+        part.astype(word)
+        if place in INTEGERS
+        else jax.lax.bitcast_convert_type(part, word)
+        for place, part in enumerate(parts[:LIMITS])
+    ]
+    return jnp.concatenate([jnp.stack(scalars), parts[COUNTS].astype(word)])

@@ -10,7 +10,7 @@ import jax
 from optax.transforms import PartitionState
 
 from optloss.fast.packing import Layout, layout_of, pack
-from optloss.messages import listing
+from optloss.messages import argument_error, listing
 from optloss.names import leaf_names
 from optloss.trees import is_inexact, select_leaves
 from optloss.typing import PyTree
@@ -63,11 +63,6 @@ def shapes_of(tree: PyTree) -> tuple[Hashable, ...]:
     return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
 
 
-def packing_error(call: str, size: int, problem: str) -> ValueError:
-    """Return the refusal of a state."""
-    return ValueError(f"{call}(size={size}): {problem}")
-
-
 def _groups_of(
     optimizer: PyTree, trained: PyTree, size: int, unpacked: Sequence[str]
 ) -> list[Group]:
@@ -83,11 +78,12 @@ def _groups_of(
     if strangers := set(unpacked) - set(keys):
         known = listing(keys) or "none"
         problem = f"the state has no group {listing(strangers)} but {known}."
-        raise packing_error("pack_state", size, problem)
+        raise argument_error("pack_state", "size", size, problem)
     silent = [i for i, group in enumerate(found) if not any(group.members)]
     if len(silent) > 1 and not all(found[i].stays for i in silent):
-        raise packing_error(
+        raise argument_error(
             "pack_state",
+            "size",
             size,
             f"the groups {listing(keys[i] for i in silent)} have no moments of the "
             "shapes of these parameters, so which are theirs is not known. Pass the "
@@ -134,9 +130,8 @@ def _map_groups(
     def mapped(node: PyTree) -> PyTree:
         if not _is_partition(node):
             return node
-        states = node.inner_states
         return node._replace(
-            inner_states={key: inside(key, states[key]) for key in states}
+            inner_states={key: inside(key, s) for key, s in node.inner_states.items()}
         )
 
     return jax.tree.map(mapped, optimizer, is_leaf=_is_partition)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection
 import jax
 import jax.numpy as jnp
 
-from optloss.fast.packed_groups import pack_groups, packing_error, shapes_of
+from optloss.fast.packed_groups import pack_groups, shapes_of
 from optloss.fast.packing import (
     Layout,
     PackedTree,
-    Slot,
     layout_of,
     pack,
     read_table,
@@ -24,7 +23,7 @@ from optloss.fast.packing import (
     unpack,
 )
 from optloss.mesh import is_traced
-from optloss.messages import check_int, listing
+from optloss.messages import argument_error, check_int, listing
 from optloss.names import as_patterns, leaf_names, select, text_of
 from optloss.trees import select_leaves
 from optloss.typing import Pattern, PyTree, Variables
@@ -69,14 +68,18 @@ def unpack_state(
         if _has_table(node):
             if node.packed is not None and not is_traced(node.packed):
                 tables.append(read_table(node.packed))
-                _check_table(tables[0], layout, size)
+                # Groups may have left some leaves unpacked.
+                if not _names_and_shapes(tables[0]) <= _names_and_shapes(layout):
+                    raise _packed_otherwise(size, layout)
             return _map_inside(unpacked, node._replace(packed=None), _is_special)
-        if not _is_packed(node):
+        if not isinstance(node, PackedTree):
             return node
-        part, its = (trained, layout)
+        part, its = trained, layout
         if tables:
             part, its = part_of(node, trained, tables[0], size)
-        _check_packed(node, part, its, size)
+        wanted = jax.eval_shape(lambda tree: pack(tree, its), part)
+        if _named(node) != _named(wanted):
+            raise _packed_otherwise(size, its)
         return unpack(node, part, its)
 
     return jax.tree.map(unpacked, state, is_leaf=_is_special)
@@ -142,15 +145,16 @@ def pack_state(
         return shapes_of(node) == shapes
 
     def packed(node: PyTree) -> PyTree:
-        if _is_packed(node) or getattr(node, "packed", None) is not None:
-            raise packing_error("pack_state", size, "the state is packed already.")
+        if isinstance(node, PackedTree) or getattr(node, "packed", None) is not None:
+            problem = "the state is packed already."
+            raise argument_error("pack_state", "size", size, problem)
         if not _has_table(node):
             return pack(node, layout) if mirrors(node) else node
         grouped = pack_groups(node.optimizer, trained, size, stays)
         if grouped is not None:
             optimizer, lies = grouped
             return node._replace(optimizer=optimizer, packed=table_of(lies))
-        _check_mirrored("pack_state", node.optimizer, mirrors, size)
+        _check_mirrored(node.optimizer, mirrors, size)
         inside = _map_inside(packed, node, mirrors)
         return inside._replace(packed=table_of(layout))
 
@@ -180,12 +184,8 @@ def _has_table(node: object) -> bool:
     return {"optimizer", "packed"} <= set(getattr(node, "_fields", ()))
 
 
-def _is_packed(node: object) -> bool:
-    return isinstance(node, PackedTree)
-
-
 def _is_special(node: object) -> bool:
-    return _is_packed(node) or _has_table(node)
+    return isinstance(node, PackedTree) or _has_table(node)
 
 
 # Refusals
@@ -196,8 +196,9 @@ def _trained(
 ) -> tuple[PyTree, Layout]:
     check_int(call, "size", size, 0, "an int >= 0: the largest size of a packed leaf.")
     if hasattr(state, "opt_state") and _named(state.params) != _named(params):
-        raise packing_error(
+        raise argument_error(
             call,
+            "size",
             size,
             "the params given are not those of the state, in names or shapes. Pass "
             "state.params.",
@@ -212,55 +213,29 @@ def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _check_mirrored(
-    call: str, optimizer: PyTree, mirrors: Callable[[PyTree], bool], size: int
+    optimizer: PyTree, mirrors: Callable[[PyTree], bool], size: int
 ) -> None:
     """Refuse moments none of which has the shapes of the parameters."""
     nodes = jax.tree.leaves(optimizer, is_leaf=mirrors)
     if not any(map(mirrors, nodes)) and any(jnp.ndim(node) for node in nodes):
-        raise packing_error(
-            call,
+        raise argument_error(
+            "pack_state",
+            "size",
             size,
             "no moments in this state have the names and shapes of the trained "
             "parameters. Pass the params and variables it was made with.",
         )
 
 
-def _check_packed(
-    packed: PackedTree, trained: PyTree, layout: Layout, size: int
-) -> None:
-    sizes = {key: _elements(slots) for key, slots in layout.vectors.items()}
-    found = {key: vector.size for key, vector in packed.vectors.items()}
-    kept = [i not in layout.places for i in range(len(jax.tree.leaves(trained)))]
-    large = select_leaves(trained, kept)
-    if found != sizes or _named(packed.large) != _named(large):
-        raise _packed_otherwise(size, layout)
-
-
-def _check_table(table: Layout, layout: Layout, size: int) -> None:
-    """Refuse a table of other leaves; groups may have left some of them unpacked."""
-    found, wanted = _slots(table), _slots(layout)
-    if set(table.vectors) == set(layout.vectors):
-        good = found == wanted
-    else:
-        good = found <= wanted
-    if not good:
-        raise _packed_otherwise(size, layout)
-
-
-def _slots(layout: Layout) -> set[tuple[str, tuple[int, ...]]]:
-    return {
-        (slot.name, slot.shape) for slots in layout.vectors.values() for slot in slots
-    }
-
-
-def _elements(slots: list[Slot]) -> int:
-    return sum(slot.size for slot in slots)
+def _names_and_shapes(layout: Layout) -> set[tuple[str, tuple[int, ...]]]:
+    return {(slot.name, slot.shape) for slot in layout.slots}
 
 
 def _packed_otherwise(size: int, layout: Layout) -> ValueError:
-    names = [slot.name for slots in layout.vectors.values() for slot in slots]
-    return packing_error(
+    names = [slot.name for slot in layout.slots]
+    return argument_error(
         "unpack_state",
+        "size",
         size,
         "the state was packed otherwise: this size, params and variables would pack "
         f"{listing(names) or 'nothing'}. Pass those it was made with.",

@@ -67,24 +67,18 @@ class Layout(NamedTuple):
     vectors: dict[str, list[Slot]]
 
     @property
-    def places(self) -> set[int]:
-        """The places of all packed leaves."""
-        return {slot.place for slots in self.vectors.values() for slot in slots}
+    def slots(self) -> list[Slot]:
+        """All packed leaves."""
+        return [slot for slots in self.vectors.values() for slot in slots]
 
 
 def pack_small_leaves(
     inner: optax.GradientTransformation, size: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Run an elementwise ``inner`` on packed gradients and parameters.
+    """Run an elementwise ``inner`` with leaves of at most ``size`` elements packed.
 
-    Args:
-        inner: A transformation that treats each element alone.
-        size: The largest number of elements of a leaf that is packed.
-
-    Returns:
-        A transform whose state is that of ``inner`` over a
-        :class:`~optloss.fast.packing.PackedTree`. Updates are leaves ``[*shape]``;
-        gradients may be packed already where the parameters are given.
+    The state is that of ``inner`` over a :class:`PackedTree`. Updates are leaves
+    ``[*shape]``; gradients may be packed already where the parameters are given.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -95,13 +89,12 @@ def pack_small_leaves(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
     ) -> tuple[PyTree, PyTree]:
         # The state is laid out by the parameters; a gradient's dtype may differ.
-        layout = layout_of(updates if params is None else params, size)
+        template = updates if params is None else params
+        layout = layout_of(template, size)
         for argument in ("grad", "value_fn"):  # what needs them is never packed
             extra.pop(argument, None)
         beside = None if params is None else pack(params, layout)
         given = updates if isinstance(updates, PackedTree) else pack(updates, layout)
-        template = updates if params is None else params
-        packed: PyTree
         packed, state = inner.update(given, state, beside, **extra)
         return unpack(packed, template, layout), state
 
@@ -159,17 +152,13 @@ def pack(tree: PyTree, layout: Layout) -> PyTree:
         return tree
     leaves = jax.tree.leaves(tree)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return jax.eval_shape(lambda tree: _pack(tree, layout), tree)
-    return _pack(tree, layout)
-
-
-def _pack(tree: PyTree, layout: Layout) -> PackedTree:
-    leaves = jax.tree.leaves(tree)
+        return jax.eval_shape(lambda tree: pack(tree, layout), tree)
     vectors = {
         key: _concatenate([jnp.ravel(leaves[slot.place]) for slot in slots])
         for key, slots in layout.vectors.items()
     }
-    kept = [i not in layout.places for i in range(len(leaves))]
+    places = {slot.place for slot in layout.slots}
+    kept = [i not in places for i in range(len(leaves))]
     return PackedTree(vectors, select_leaves(tree, kept))
 
 
@@ -186,17 +175,16 @@ def unpack(packed: PyTree, template: PyTree, layout: Layout) -> PyTree:
     if not layout.vectors:
         return packed
     leaves, structure = jax.tree.flatten(template)
+    small: dict[int, jax.Array] = {}
     for key, slots in layout.vectors.items():
         vector = packed.vectors[key]
         sizes = [slot.size for slot in slots]
         starts = [0, *itertools.accumulate(sizes[:-1])]
         for slot, piece in zip(slots, slices(vector, starts, sizes), strict=True):
-            leaves[slot.place] = piece.reshape(slot.shape)
+            small[slot.place] = piece.reshape(slot.shape)
     large = iter(jax.tree.leaves(packed.large))
-    for place in range(len(leaves)):
-        if place not in layout.places:
-            leaves[place] = next(large)
-    return jax.tree.unflatten(structure, leaves)
+    merged = [small[i] if i in small else next(large) for i in range(len(leaves))]
+    return jax.tree.unflatten(structure, merged)
 
 
 def is_elementwise(transform: optax.GradientTransformation) -> bool:

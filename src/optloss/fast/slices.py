@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optloss.mesh import is_traced
+from optloss.mesh import is_traced, never
 
 
 def slices(
@@ -49,16 +49,9 @@ def slices(
 @jax.custom_jvp
 def _hold(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ``array``, computed before anything reads it, and a 0 XLA cannot know."""
-    bits = 8 * array.real.dtype.itemsize
-
     # Read inside of the loop: another reader would have the array computed twice.
-    def never(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-        first = jnp.ravel(carry[0])[0].real
-        ones = lax.population_count(lax.bitcast_convert_type(first, f"uint{bits}"))
-        return ones > bits
-
     held: tuple[jax.Array, jax.Array] = lax.while_loop(
-        never,
+        lambda carry: never(jnp.ravel(carry[0])[0]),
         lambda carry: (carry[0] + carry[0], carry[1] + jnp.uint32(1)),
         (array, jnp.uint32(0)),
     )
