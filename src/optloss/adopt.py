@@ -68,11 +68,11 @@ def carry_over(
     See also:
         :meth:`TrainOp.adopt`, for the state of a training op.
     """
-    return carry("carry_over", old_opt_state, new_opt_state, ())
+    return carry("carry_over", old_opt_state, new_opt_state, set())
 
 
 def carry(
-    call: str, old: PyTree, new: PyTree, containers: Iterable[type]
+    call: str, old: PyTree, new: PyTree, containers: set[type]
 ) -> tuple[PyTree, list[str], list[str]]:
     """Do what :func:`carry_over` says, in the words of ``call``.
 
@@ -80,23 +80,20 @@ def carry(
     """
     old_leaves, old_tree = numbered(old)
     new_leaves, new_tree = numbered(new)
-    typed = node_types([old_tree], containers)
-    raw = not typed
-    kinds = {frozenset(t._fields) for t in node_types([new_tree], containers)}
-    readers = [
-        Reader(call, leaves, raw, kinds if raw else set(), set(containers))
-        for leaves in (old_leaves, new_leaves)
-    ]
+    raw = not node_types([old_tree], containers)
+    typed = node_types([new_tree], containers)
+    kinds = {frozenset(kind._fields) for kind in typed} if raw else set()
     before, after = (
-        list(reader.nodes(tree))
-        for reader, tree in zip(readers, (old_tree, new_tree), strict=True)
+        list(Reader(call, leaves, raw, kinds, containers).nodes(tree))
+        for leaves, tree in ((old_leaves, old_tree), (new_leaves, new_tree))
     )
     kept: dict[Place, Any] = {}
     names: tuple[list[str], list[str]] = [], []
     for node, olds in zip(after, _candidates(before, after), strict=True):
         taken = _taken(node, olds, old_leaves)
         for entry, place in node.entries.items():
-            names[entry not in taken].append(_name_of(node, entry))
+            name = "/".join(filter(None, (node.path, *entry)))
+            names[entry not in taken].append(name)
             if entry in taken:
                 kept[place] = _read(old_leaves, taken[entry])
         _warn_of_newly_trained(call, node, taken, old_leaves)
@@ -108,22 +105,19 @@ def adopt_state(call: str, init: Init, old: Any, params: PyTree) -> Any:
     """Return the state of ``init`` with all of the state ``old`` that fits it."""
     fields = _state_fields(call, old)
     params = _adopted_params(fields["params"], params)
-    fresh = init(params, fields["model_state"])
-    opt_state, _, _ = carry(
-        call, fields["opt_state"], fresh.opt_state, node_types([params], ())
-    )
-    average = fresh.average
-    if average is not None and fields["average"] is not None:
-        containers = node_types([params], ())
-        average, _, _ = carry(call, fields["average"], average, containers)
-    step = fresh.step
-    if step is not None and fields["step"] is not None:
-        step = _beside(fields["step"], step)
+    fresh = init(params, fields.get("model_state"))
+    containers = node_types([params], set())
+    opt_state, *_ = carry(call, fields["opt_state"], fresh.opt_state, containers)
+    average, old_average = fresh.average, fields.get("average")
+    if average is not None and old_average is not None:
+        average, *_ = carry(call, old_average, average, containers)
+    step, old_step = fresh.step, fields.get("step")
+    if step is not None and old_step is not None:
+        step = _beside(old_step, step)
     return fresh._replace(step=step, opt_state=opt_state, average=average)
 
 
-def _state_fields(call: str, old: Any) -> dict[str, Any]:
-    needed = ("step", "params", "model_state", "opt_state", "average")
+def _state_fields(call: str, old: Any) -> Mapping[str, Any]:
     fields = old if isinstance(old, Mapping) else getattr(old, "_asdict", dict)()
     if not {"params", "opt_state"} <= set(fields):
         raise ValueError(
@@ -131,7 +125,7 @@ def _state_fields(call: str, old: Any) -> dict[str, Any]:
             "with its fields that a checkpointer made of one. For the state of a chain "
             "alone there is optloss.carry_over(old_opt_state, state.opt_state)."
         )
-    return {name: fields.get(name) for name in needed}
+    return fields
 
 
 def _adopted_params(old: PyTree, params: PyTree) -> PyTree:
@@ -198,7 +192,7 @@ def _matches(node: Node, old: Node) -> dict[Entry, Place]:
     if not _fit(ours.get("", {}), theirs.get("", {})):
         return {}
     alike = [name for name in ours if name in theirs and _fit(ours[name], theirs[name])]
-    if any(map(bool, ours)) and not any(map(bool, alike)):
+    if any(ours) and not any(alike):
         return {}
     names = {*alike, ""} & set(ours)
     return {(field, n): place for n in names for field, place in theirs[n].items()}
@@ -217,17 +211,12 @@ def _same_scalars(one: Node, other: Node, leaves: list[Any]) -> bool:
     return True
 
 
-def _name_of(node: Node, entry: Entry) -> str:
-    return "/".join(filter(None, (node.path, *entry)))
-
-
 def _warn_of_newly_trained(
     call: str, node: Node, taken: Mapping[Entry, Place], leaves: list[Any]
 ) -> None:
     """Warn of parameters whose moments start at 0 under a count that does not."""
     counts = [taken[f, n] for f, n in taken if f in ("count", "step") and not n]
-    names = sorted({name for _, name in node.entries if name})
-    new = [name for name in names if not any(n == name for _, n in taken)]
+    new = {name for _, name in node.entries if name} - {name for _, name in taken}
     moments = {field for field, name in node.entries if name}
     if not (counts and new and len(moments) > 1):
         return

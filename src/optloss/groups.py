@@ -34,7 +34,6 @@ from optloss.trees import select_leaves
 from optloss.typing import DecayFn, OneRate, Pattern, PyTree
 
 Transform = optax.GradientTransformationExtraArgs
-Places = tuple[int | None, ...]  # in both tables
 
 
 class Maker(NamedTuple):
@@ -57,16 +56,16 @@ class Table(NamedTuple):
     values: tuple[Any, ...]
 
     @classmethod
-    def of(cls, given: Any, convert: Callable[[Any], Any] = lambda one: one) -> "Table":
+    def of(cls, given: Any) -> "Table":
         """Return the table of a mapping, or of one value."""
         if isinstance(given, Mapping):
-            return cls(tuple(given), tuple(map(convert, given.values())))
-        return cls(None, (convert(given),))
+            return cls(tuple(given), tuple(given.values()))
+        return cls(None, (given,))
 
     @property
     def keys(self) -> list[str]:
-        """The texts of the patterns; one empty text where there was no mapping."""
-        return [""] if self.patterns is None else list(map(text_of, self.patterns))
+        """The texts of the patterns."""
+        return list(map(text_of, self.patterns or ()))
 
     def match(self, names: Sequence[str]) -> list[int | None]:
         """Return, for each name, the place of what applies to it."""
@@ -108,11 +107,12 @@ class Groups:
 
     def _of(self, names: Sequence[str]) -> list[tuple[Maker, OneRate]]:
         """Return the optimizer and the rate of each parameter, all of them matched."""
+        places = self._places(names)
+        return [(self.makers.values[i], self.rates.values[j]) for i, j in places]
+
+    def _places(self, names: Sequence[str]) -> list[tuple[int, int]]:
         makers, rates = (table.match(names) for table in self._tables.values())
-        return [
-            (self.makers.values[i or 0], self.rates.values[j or 0])
-            for i, j in zip(makers, rates, strict=True)
-        ]
+        return [(i or 0, j or 0) for i, j in zip(makers, rates, strict=True)]
 
     def words(self, name: str) -> tuple[str, str]:
         """Return the optimizer and the rate of a parameter, for people."""
@@ -135,43 +135,31 @@ class Groups:
 
     def layout(self, trained: PyTree, pack_size: int) -> Layout:
         """Return which of the ``trained`` leaves lie in which vector, by group."""
-        names = leaf_names(trained)
-        keys = list(zip(*(t.match(names) for t in self._tables.values()), strict=True))
-        whole = self.makers.patterns is None and self.makers.values[0].factory is None
-        if whole:
-            keys = [(0, 0)] * len(names)
+        groups = [self._group(*places) for places in self._places(leaf_names(trained))]
         vectors: dict[str, list[Slot]] = {}
-        for key in dict.fromkeys(keys):
-            maker, rate = (
-                self.makers.values[key[0] or 0],
-                self.rates.values[key[1] or 0],
-            )
-            if not _is_elementwise(maker):
-                continue
-            alike = [self._alike(key, other, maker.keeps_own(rate)) for other in keys]
-            part = layout_of(select_leaves(trained, alike), pack_size)
-            vectors |= part.vectors
+        for group in dict.fromkeys(groups):
+            if _is_elementwise(self.makers.values[group[0]]):
+                part = select_leaves(trained, [other == group for other in groups])
+                vectors |= layout_of(part, pack_size).vectors
         return Layout(vectors)
 
-    def _alike(self, key: Places, other: Places, own: bool) -> bool:
-        """Tell whether two parameters are in one group."""
-        if own and self.makers.patterns is not None and key[0] == other[0]:
-            rate = self.rates.values[other[1] or 0]
-            return bool(self.makers.values[key[0] or 0].keeps_own(rate))
-        return key == other
+    def _group(self, i: int, j: int) -> tuple[int, int | None]:
+        """Return what the parameters of one group have in common."""
+        maker = self.makers.values[i]
+        at_any_rate = self.makers.patterns is not None or maker.factory is None
+        own = at_any_rate and maker.keeps_own(self.rates.values[j])
+        return i, None if own else j
 
     def _by_rate(self, pack_size: int, names: Sequence[str]) -> "Members":
         """Return the groups by rate, and one for each optimizer with its own."""
-        makers, rates = (table.match(names) for table in self._tables.values())
         labels: list[str] = []
         members: dict[str, Transform] = {}
-        for i, j in zip(makers, rates, strict=True):
-            maker, rate = self.makers.values[i or 0], self.rates.values[j or 0]
-            label = self.rates.keys[j or 0]
-            if not maker.keeps_own(rate):
-                members.setdefault(label, self._at_rate(j or 0, pack_size))
+        for i, j in self._places(names):
+            maker, label = self.makers.values[i], self.rates.keys[j]
+            if not maker.keeps_own(self.rates.values[j]):
+                members.setdefault(label, self._at_rate(j, pack_size))
             else:
-                label = self._own_label(i or 0, label)
+                label = self._own_label(i, label)
                 members.setdefault(label, _at_own_rate(maker, pack_size))
             labels.append(label)
         return members, labels

@@ -16,6 +16,7 @@ import optax
 
 from optloss.messages import short_repr
 from optloss.stages import ChainState
+from optloss.trees import children
 from optloss.typing import PyTree
 
 ABSENT = object()
@@ -51,8 +52,7 @@ def check_state(
         return
     found, expected = dict(parts(state)), dict(parts(wanted))
     for part in {**expected, **found}:
-        sides = found.get(part), expected.get(part)
-        check_part(call, part, *sides, cure)
+        check_part(call, part, found.get(part), expected.get(part), cure)
 
 
 def check_part(call: str, part: str, found: PyTree, wanted: PyTree, cure: str) -> None:
@@ -89,20 +89,16 @@ def parts(state: PyTree) -> Iterator[tuple[str, PyTree]]:
 def difference(found: PyTree, wanted: PyTree, path: str = "") -> Difference | None:
     """Return the first place where two trees differ in structure or shapes."""
     here = Difference(path, found, wanted)
-    if _is_array(found) or _is_array(wanted):
-        alike = _is_array(found) and _is_array(wanted)
-        return None if alike and jnp.shape(found) == jnp.shape(wanted) else here
+    if found is ABSENT or wanted is ABSENT:
+        return here
+    if _is_array(found) and _is_array(wanted):
+        return None if jnp.shape(found) == jnp.shape(wanted) else here
     if type(found) is not type(wanted):
         return here
-    ours, theirs = _children(found), _children(wanted)
+    ours, theirs = children(found), children(wanted)
     for key in {**theirs, **ours}:
-        sides = ours.get(key, ABSENT), theirs.get(key, ABSENT)
         below = f"{path}/{key}" if path else key
-        at = (
-            Difference(below, *sides)
-            if any(side is ABSENT for side in sides)
-            else difference(*sides, below)
-        )
+        at = difference(ours.get(key, ABSENT), theirs.get(key, ABSENT), below)
         if at is not None:
             return at
     return None
@@ -118,11 +114,6 @@ def _alike(state: PyTree, other: PyTree) -> bool:
 
 def _is_array(node: object) -> bool:
     return jax.tree_util.all_leaves([node])
-
-
-def _children(node: PyTree) -> dict[str, PyTree]:
-    pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
-    return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs[0]}
 
 
 def _in_words(node: PyTree) -> str:

@@ -9,7 +9,7 @@ the node whose fields are its keys, and a tuple is whatever has the keys 0, 1, .
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,11 @@ import optax
 from optloss.fast.packing import Layout, PackedTree, read_table
 from optloss.mesh import is_traced
 from optloss.names import leaf_names
+from optloss.trees import children
 from optloss.typing import PyTree
 
 STAGES = ("noise", "clip", "optimizer")
 TABLE = "packed"  # the field of a chain's state that names what is packed
-
 
 Kind = type | frozenset[str] | str
 
@@ -74,7 +74,7 @@ def _is_named_tuple(node: object) -> bool:
     )
 
 
-def node_types(trees: list[PyTree], containers: Iterable[type]) -> set[Any]:
+def node_types(trees: list[PyTree], containers: set[type]) -> set[Any]:
     """Return the types of the nodes in ``trees``."""
     found: set[Any] = set()
     while trees:
@@ -82,20 +82,8 @@ def node_types(trees: list[PyTree], containers: Iterable[type]) -> set[Any]:
         if _is_named_tuple(tree):
             found.add(type(tree))
         if not jax.tree_util.all_leaves([tree]):
-            trees += _children(tree).values()
-    return found - {optax.EmptyState, *containers}
-
-
-def _children(node: PyTree) -> dict[str, PyTree]:
-    if hasattr(node, "_fields"):
-        return dict(zip(node._fields, node, strict=True))
-    if isinstance(node, (list, tuple, Mapping)):
-        items = node.items() if isinstance(node, Mapping) else enumerate(node)
-        return {str(key): child for key, child in items}
-    pairs, _ = jax.tree_util.tree_flatten_with_path(
-        node, is_leaf=lambda child: child is not node
-    )
-    return {jax.tree_util.keystr(p, simple=True): child for p, child in pairs if p}
+            trees += children(tree).values()
+    return found - containers - {optax.EmptyState}
 
 
 class Reader(NamedTuple):
@@ -110,16 +98,10 @@ class Reader(NamedTuple):
     def fields(self, node: PyTree) -> dict[str, PyTree] | None:
         """Return the fields of a node, ``None`` of what is none."""
         if _is_named_tuple(node):
-            return None if type(node) in self.containers else _children(node)
+            return None if type(node) in self.containers else children(node)
         if isinstance(node, Mapping) and frozenset(map(str, node)) in self.kinds:
-            return _children(node)
+            return children(node)
         return None
-
-    def kind(self, node: PyTree) -> Kind:
-        """Return what nodes of a kind have in common."""
-        if self.raw:
-            return frozenset(_children(node))
-        return type(node)
 
     def holds_nodes(self, tree: PyTree) -> bool:
         """Tell whether a node is anywhere in ``tree``."""
@@ -127,7 +109,7 @@ class Reader(NamedTuple):
             return True
         if jax.tree_util.all_leaves([tree]) or _is_packed(tree):
             return False
-        return any(map(self.holds_nodes, _children(tree).values()))
+        return any(map(self.holds_nodes, children(tree).values()))
 
     def nodes(
         self,
@@ -148,31 +130,31 @@ class Reader(NamedTuple):
         if fields is not None and set(STAGES) <= set(fields):
             is_chain = True
             table = self.table(fields.pop(TABLE, None))
+        of_groups = fields is None and isinstance(tree, Mapping) and not _is_tuple(tree)
         inside: list[Node] = []
         entries = {}
-        for key, child in (fields or _children(tree)).items():
-            below = f"{path}/{key}" if path else key
+        for key, child in (fields or children(tree)).items():
             if fields is not None and not self.holds_nodes(child):
                 entries |= self.entries(key, child, table)
                 continue
-            in_group = isinstance(tree, Mapping) and fields is None
             inside += self.nodes(
                 child,
-                below,
+                f"{path}/{key}" if path else key,
                 key if is_chain else stage,
-                (*group, key) if in_group and not _is_tuple(tree) else group,
+                (*group, key) if of_groups else group,
                 table,
             )
-        if fields is not None and type(tree) is not optax.EmptyState:
-            below_kinds = tuple(node.kind for node in inside)
-            yield Node(self.kind(tree), path, stage, group, entries, below_kinds)
-        elif not self.raw and fields is not None:
-            yield Node(optax.EmptyState, path, stage, group, {}, ())
+        # A tree without types has nothing where another has an EmptyState.
+        is_told = not (self.raw and type(tree) is optax.EmptyState)
+        if fields is not None and is_told:
+            kind = frozenset(children(tree)) if self.raw else type(tree)
+            below = tuple(node.kind for node in inside)
+            yield Node(kind, path, stage, group, entries, below)
         yield from inside
 
     def table(self, index: PyTree) -> Layout | None:
         """Return what the table of packed names says."""
-        if index is None or not jax.tree_util.all_leaves([index]):
+        if not jax.tree_util.all_leaves([index]):
             return None
         table = self.leaves[index]
         if is_traced(table):
@@ -188,8 +170,7 @@ class Reader(NamedTuple):
         """Return where the arrays of a field are, packed ones each by itself."""
         found = {}
         nodes, structure = jax.tree.flatten(value, is_leaf=_is_packed)
-        indexes = range(len(nodes))
-        names = leaf_names(jax.tree.unflatten(structure, indexes))
+        names = leaf_names(jax.tree.unflatten(structure, range(len(nodes))))
         for name, node in zip(names, nodes, strict=True):
             if not _is_packed(node):
                 found[field, name] = Place(node, np.shape(self.leaves[node]))
@@ -202,7 +183,7 @@ class Reader(NamedTuple):
         self, packed: PyTree, table: Layout | None
     ) -> Iterator[tuple[str, Place]]:
         """Yield name and place of what lies in a packed tree."""
-        vectors, large = _children(packed)["vectors"], _children(packed)["large"]
+        vectors, large = children(packed)["vectors"], children(packed)["large"]
         for key, index in vectors.items():
             slots = None if table is None else table.vectors.get(key)
             size = np.size(self.leaves[index])
@@ -216,8 +197,7 @@ class Reader(NamedTuple):
             for slot in slots:
                 yield slot.name, Place(index, slot.shape, start)
                 start += slot.size
-        places = jax.tree.leaves(large)
-        for name, index in zip(leaf_names(large), places, strict=True):
+        for name, index in zip(leaf_names(large), jax.tree.leaves(large), strict=True):
             yield name, Place(index, np.shape(self.leaves[index]))
 
 

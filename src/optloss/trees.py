@@ -64,6 +64,12 @@ def inexact_leaves(tree: PyTree) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
 
+def children(node: PyTree) -> dict[str, PyTree]:
+    """Return the children of ``node`` by their names in it."""
+    pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs[0]}
+
+
 def own_copy(leaf: ArrayLike | np.generic) -> jax.Array:
     """Return ``leaf`` as an array of its own whose type is not weak."""
     leaf = jnp.array(leaf, copy=True)

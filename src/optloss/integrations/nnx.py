@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from optloss.donation import clear_if_deleted
+from optloss.donation import clear_if_deleted, copies_of_donated
 from optloss.loss_scale import LossScale
 from optloss.messages import (
     argument_error,
@@ -54,7 +54,7 @@ try:
         Graphs,
         Path,
         Slot,
-        is_slot,
+        is_object,
         taken_apart,
         without_objects,
     )
@@ -87,19 +87,14 @@ class ModelTrainOp:
     train_op: TrainOp
 
     def __init__(
-        self,
-        model: nnx.Module,
-        train_op: TrainOp,
-        graphs: Graphs,
-        slots: Sequence[Slot],
-        structure: Any,
+        self, model: nnx.Module, train_op: PureTrainOp, slots: Sequence[Slot]
     ) -> None:
         self.train_op = train_op
         self._model = short_repr(type(model))
-        self._graphs = graphs
+        self._graphs = train_op.graphs
         self._slots = slots
-        self._structure = structure
-        self._state = train_op.init(*jax.tree.unflatten(structure, self._read()))
+        self._structure = train_op.structure
+        self._state = train_op.init(*jax.tree.unflatten(self._structure, self._read()))
         self._write()
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> StepOutput:
@@ -116,7 +111,11 @@ class ModelTrainOp:
         state = self.state
         values = [slot.get_raw_value() for slot in found.slots]
         if values and self.train_op.donate:
-            values = _own(found.slots, values, state)
+            # An object that shares an array with the state goes on with a copy.
+            held, values = values, copies_of_donated(state, values)
+            for slot, old, new in zip(found.slots, held, values, strict=True):
+                if new is not old:
+                    slot.set_raw_value(new)
         given = Given(found.graph, values)
         self._state, output = self.train_op(state, given, *args, **kwargs)
         self._write()
@@ -364,10 +363,9 @@ def optimize_loss(
         projection=projection,
         moving_average=moving_average,
     )
-    graphs = Graphs(model, slots)
     fields = {f.name: getattr(train_op, f.name) for f in dataclasses.fields(train_op)}
-    pure = PureTrainOp(**fields, graphs=graphs, structure=structure)
-    return ModelTrainOp(model, pure, graphs, slots, structure)
+    pure = PureTrainOp(**fields, graphs=Graphs(model, slots), structure=structure)
+    return ModelTrainOp(model, pure, slots)
 
 
 def _slots(model: nnx.Module, wrt: Filter) -> tuple[list[Slot], Any]:
@@ -381,7 +379,7 @@ def _slots(model: nnx.Module, wrt: Filter) -> tuple[list[Slot], Any]:
         for key in path[:-1]:
             tree = tree.setdefault(key, {})
         tree[path[-1]] = slot
-    return jax.tree.flatten(trees, is_leaf=is_slot)
+    return jax.tree.flatten(trees, is_leaf=is_object)
 
 
 def _is_selected(wrt: Filter, path: Path, slot: Slot) -> bool:
@@ -394,17 +392,3 @@ def _is_selected(wrt: Filter, path: Path, slot: Slot) -> bool:
 
 def _trees(state: TrainOpState) -> tuple[PyTree, PyTree]:
     return state.params, state.model_state
-
-
-def _own(
-    slots: Sequence[Slot], values: list[PyTree], state: TrainOpState
-) -> list[PyTree]:
-    """Give objects copies of what they share with ``state``, which is donated."""
-    donated = set(map(id, jax.tree.leaves(state)))
-    kept = []
-    for slot, value in zip(slots, values, strict=True):
-        if any(id(leaf) in donated for leaf in jax.tree.leaves(value)):
-            value = jax.tree.map(own_copy, value)
-            slot.set_raw_value(value)
-        kept.append(value)
-    return kept

@@ -12,11 +12,10 @@ attributes it was made from, and made anew only when one of these is another obj
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import numpy as np
 from flax import errors, nnx
 
 from optloss.messages import (
@@ -75,11 +74,6 @@ Slot: TypeAlias = nnx.Variable[Any] | Attribute
 def is_object(node: object) -> bool:
     """Tell whether ``node`` is an nnx object: a module, a metric, a Variable."""
     return isinstance(node, (nnx.Pytree, nnx.Variable))
-
-
-def is_slot(node: object) -> bool:
-    """Tell whether ``node`` is where a value lives."""
-    return isinstance(node, (nnx.Variable, Attribute))
 
 
 def taken_apart(root: tuple[PyTree, ...]) -> tuple[GraphDef, dict[Path, Slot]]:
@@ -200,9 +194,10 @@ class Watch:
     def __init__(self, root: PyTree) -> None:
         """Note the attributes of all modules in ``root``."""
         nodes = [node for _, node in nnx.iter_graph(root)]
-        self._attributes = [vars(n) for n in nodes if isinstance(n, nnx.Pytree)]
+        modules = [node for node in nodes if isinstance(node, nnx.Pytree)]
+        self._attributes = [vars(module).values() for module in modules]
         # Kept, not their ids alone: another object may get the id of one that is gone.
-        self._values = [[*found.values()] for found in self._attributes]
+        self._values = [[*found] for found in self._attributes]
         self._variables = [node for node in nodes if isinstance(node, nnx.Variable)]
         self._metadata = [one.get_metadata() for one in self._variables]
         self._complete = all(
@@ -220,10 +215,8 @@ class Watch:
         )
 
 
-def _are_same(attributes: dict[str, Any], values: list[Any]) -> bool:
-    return len(attributes) == len(values) and all(
-        map(operator.is_, attributes.values(), values)
-    )
+def _are_same(objects: Collection[Any], others: Collection[Any]) -> bool:
+    return len(objects) == len(others) and all(map(operator.is_, objects, others))
 
 
 def _is_hashable(value: object) -> bool:
@@ -231,7 +224,7 @@ def _is_hashable(value: object) -> bool:
         hash(value)
     except TypeError:
         return False
-    return not isinstance(value, np.ndarray)
+    return True
 
 
 class Found(NamedTuple):
@@ -244,11 +237,7 @@ class Found(NamedTuple):
 
     def is_of(self, objects: list[PyTree]) -> bool:
         """Tell whether it is what these objects are taken apart into, still."""
-        return (
-            len(self.objects) == len(objects)
-            and all(map(operator.is_, self.objects, objects))
-            and self.watch.sees_no_change()
-        )
+        return _are_same(self.objects, objects) and self.watch.sees_no_change()
 
 
 class Graphs:

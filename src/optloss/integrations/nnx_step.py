@@ -65,7 +65,7 @@ class PureTrainOp(TrainOp):
         state = state._replace(model_state=carried)
         state, output = super(PureTrainOp, op)._step(state, args, kwargs, shardings)
         variables, objects = state.model_state
-        changed = loss.only_changed(objects)
+        changed = [v if i in loss.changed else None for i, v in enumerate(objects)]
         output = output._replace(aux=(output.aux, changed))
         return state._replace(model_state=variables), output
 
@@ -92,7 +92,7 @@ class PureLoss:
         self._loss = loss
         self._graph = graph
         self._structure = structure
-        self._changed: set[int] = set()  # places among the objects' values
+        self.changed: set[int] = set()  # places among the objects' values
 
     def __call__(
         self, params: PyTree, carried: Carried, *args: PyTree, **kwargs: PyTree
@@ -113,9 +113,5 @@ class PureLoss:
         for place, pair in enumerate(zip(objects, carried.objects, strict=True)):
             leaves = zip(*map(jax.tree.leaves, pair), strict=False)
             if any(new is not old for new, old in leaves):
-                self._changed.add(place)
+                self.changed.add(place)
         return parts[0], Carried(variables, objects), *parts[1:]
-
-    def only_changed(self, values: list[PyTree]) -> list[PyTree]:
-        """Return ``values`` of the objects with ``None`` for what no loss changed."""
-        return [v if i in self._changed else None for i, v in enumerate(values)]
