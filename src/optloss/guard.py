@@ -8,6 +8,7 @@ There the update is always computed, and each leaf's own kernel writes the new v
 the old one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -15,20 +16,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.mesh import (
-    all_devices,
-    cond_on_mesh,
-    is_traced,
-    mean_of_devices,
-)
+from optloss.mesh import all_devices, cond_on_mesh, is_traced, mean_of_devices
+from optloss.messages import argument_error, check_axis_name
 from optloss.norms import global_norm
 from optloss.spikes import Levels, SpikeRule
 from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_SPIKES, SKIPPED_TOTAL
 from optloss.trees import (
     inexact_only,
-    is_inexact,
+    is_transformation,
     keep_dtypes,
-    merge_leaves,
+    merge_inexact,
     negative_zeros,
 )
 from optloss.typing import AxisName, PyTree
@@ -93,28 +90,20 @@ def judge(
     rule: SpikeRule | None = None,
 ) -> Verdict:
     """Judge an update by the norm of its gradient and, where it is known, the loss."""
-    finite = is_finite(norm, loss, axis_name)
+    finite = jnp.isfinite(norm)
+    if loss is not None:
+        finite &= all_devices(jnp.isfinite(loss), axis_name)
     if rule is None or isinstance(state, SkipNonfiniteState):
         return Verdict(finite, finite, count_skipped(state, finite))
     if loss is not None:
         loss = mean_of_devices(loss, axis_name)
     spike = rule.is_spike(state.levels, norm, loss)
-    counted: SkipSpikesState = count_skipped(state, finite & ~spike)
-    counted = counted._replace(
+    good = finite & ~spike
+    counted = count_skipped(state, good)._replace(
         spikes=state.spikes + (finite & spike),
         levels=rule.after(state.levels, norm, loss, finite, spike),
     )
-    return Verdict(finite & ~spike, finite, counted)
-
-
-def is_finite(
-    norm: jax.Array, loss: jax.Array | None, axis_name: AxisName
-) -> jax.Array:
-    """Tell whether an update with this norm of the gradient is to be made."""
-    finite = jnp.isfinite(norm)
-    if loss is None:
-        return finite
-    return finite & all_devices(jnp.isfinite(loss), axis_name)
+    return Verdict(good, finite, counted)
 
 
 def count_skipped(state: GuardState, good: jax.Array) -> PyTree:
@@ -140,24 +129,24 @@ def update_if(good: jax.Array, update: Callable[[], T], old: T) -> T:
     if not is_traced(good):
         return new() if good else old
 
-    def branch() -> T:
-        chosen: T = cond_on_mesh(good, new, lambda: old)
-        return chosen
-
-    def selection() -> T:
-        chosen: T = jax.tree.map(lambda a, b: jnp.where(good, a, b), new(), old)
-        return chosen
-
-    chosen: T = jax.lax.platform_dependent(cpu=branch, default=selection)
+    chosen: T = jax.lax.platform_dependent(
+        cpu=lambda: cond_on_mesh(good, new, lambda: old),
+        default=lambda: optax.tree.where(good, new(), old),
+    )
     return chosen
 
 
 def guarded(
+    call: str,
     inner: optax.GradientTransformation,
     axis_name: AxisName,
     rule: SpikeRule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return ``inner`` behind a guard, which sees the loss as ``value``."""
+    if not is_transformation(inner):
+        problem = "must be an optax transformation."
+        raise argument_error(call, "inner", inner, problem)
+    check_axis_name(call, axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> GuardState:
@@ -174,18 +163,13 @@ def guarded(
         gradients, trained = inexact_only(updates), inexact_only(params)
         if value is not None:
             extra["value"] = value
-
-        def updated() -> tuple[PyTree, PyTree]:
-            made: tuple[PyTree, PyTree] = inner.update(
-                gradients, state.inner, trained, **extra
-            )
-            return made
-
+        updated = functools.partial(
+            inner.update, gradients, state.inner, trained, **extra
+        )
         norm = global_norm(gradients, axis_name=axis_name)
         good, _, counted = judge(state, norm, value, axis_name, rule)
         nothing = negative_zeros(jax.eval_shape(updated)[0], gradients)
         made, after = update_if(good, updated, (nothing, state.inner))
-        selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
-        return merge_leaves(made, updates, selected), counted._replace(inner=after)
+        return merge_inexact(made, updates), counted._replace(inner=after)
 
     return optax.GradientTransformationExtraArgs(init, update)

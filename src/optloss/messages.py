@@ -257,6 +257,13 @@ def check_below_one(call: str, cure: str = "", /, **arguments: object) -> None:
         check_number(call, name, value, lambda n: 0 <= n < 1, wanted)
 
 
+def check_whole(call: str, least: int, /, **arguments: object) -> None:
+    """Refuse ``arguments`` unless each is whole (2.0 is), >= ``least``, or 0-d."""
+    wanted = f"a whole number >= {least} or a 0-d array."
+    for name, value in arguments.items():
+        check_number(call, name, value, lambda n: n >= least and n % 1 == 0, wanted)
+
+
 def check_int(
     call: str,
     argument: str,

@@ -58,6 +58,12 @@ def leaf_names(tree: PyTree) -> list[str]:
     return names
 
 
+def inexact_names(tree: PyTree) -> list[str]:
+    """Return the names of the floating and complex leaves of ``tree``."""
+    pairs = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+    return [name for name, leaf in pairs if is_inexact(leaf)]
+
+
 def _is_nnx_variable(node: object) -> bool:
     return any(
         base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")

@@ -78,7 +78,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros((), dtype)
-    norms: Leaves = _norms(leaves, axes_of(axis_name), np.dtype(dtype), False)
+    norms: Leaves = _norms(leaves, axes_of(axis_name), dtype, False)
     return norms[0]
 
 
@@ -88,10 +88,16 @@ def leaf_norms(tree: PyTree, *, axis_name: AxisName = None) -> list[jax.Array]:
     Where the global norm of ``tree`` is computed, too, XLA merges the two: there is one
     pass over the values.
     """
-    leaves, dtype = inexact_leaves(tree), np.dtype(norm_dtype(tree))
+    leaves, dtype = inexact_leaves(tree), norm_dtype(tree)
     full = [leaf for leaf in leaves if leaf.size]
     found = iter(_norms(full, axes_of(axis_name), dtype, True) if full else [])
     return [next(found) if leaf.size else jnp.zeros((), dtype) for leaf in leaves]
+
+
+def shrink_factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
+    """Return what makes ``norm`` at most ``bound``; 1 for one that is not finite."""
+    outside = (norm > bound) & jnp.isfinite(norm)
+    return jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

@@ -5,6 +5,7 @@ the rate times this factor.
 """
 
 import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -28,32 +29,25 @@ def plateau_scale(state: PyTree) -> jax.Array | None:
     It is 1 where the optimizers that ``state`` is of have different ones, and ``None``
     where none has any.
     """
-    factors = _plateau_factors(state)
-    known = [factor for factor in factors if factor is not None]
-    if not known:
+    found = _plateau_scales(state)
+    if not any(found):
         return None
-    first = known[0]
-    if len(known) < len(factors):
-        factors = [1.0 if factor is None else factor for factor in factors]
-    same = functools.reduce(operator.and_, [first == factor for factor in factors])
-    return jnp.where(same, first, 1)
+    factors = [math.prod(scales) for scales in found]
+    same = functools.reduce(operator.and_, [one == factors[0] for one in factors])
+    return jnp.where(same, factors[0], 1)
 
 
-def _plateau_factors(state: PyTree) -> list[Any]:
-    """Return, for each optimizer of a partition, the product of its scales."""
+def _plateau_scales(state: PyTree) -> list[list[Any]]:
+    """Return, for each optimizer of a partition, what its rate is multiplied by."""
     kinds = (PartitionState, ReduceLROnPlateauState, OwnRateState)
     found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    own = [node for node in found if isinstance(node, ReduceLROnPlateauState)]
-    scales: list[Any] = [node.scale for node in own]
-    outer = functools.reduce(operator.mul, scales) if scales else None
+    outer = [node.scale for node in found if isinstance(node, ReduceLROnPlateauState)]
     inner = [
-        factor
+        scales
         for node in found
         if isinstance(node, PartitionState)
         for member in node.inner_states.values()
         if not isinstance(getattr(member, "inner_state", None), OwnRateState)
-        for factor in _plateau_factors(member)
+        for scales in _plateau_scales(member)
     ]
-    if outer is None:
-        return inner or [None]
-    return [outer if one is None else outer * one for one in inner] or [outer]
+    return [outer + scales for scales in inner] or [outer]

@@ -31,9 +31,17 @@ def shared_gradient(
         replica_axis_name: The axes that every leaf is the same along, or ``None`` if
             the caller did not say.
     """
-    named: Axes = (*axes_of(shards), *axes_of(replica_axis_name))
-    if _all_tell((*named, *manual_axes())):
-        return gradients
+    axes: Axes = (*axes_of(shards), *axes_of(replica_axis_name), *manual_axes())
+    try:
+        if types_tell(axes):
+            return gradients
+    except NameError as error:  # JAX's for an axis of which it knows nothing
+        raise refusal(
+            "train_op",
+            f"{axes!r} is no axis of a shard_map or pmap that is being traced. "
+            "axis_name and replica_axis_name are for train_op.update inside one; "
+            "under jit on a mesh leave them out.",
+        ) from error
     if replica_axis_name is None:
         raise refusal(
             f"train_op.update(axis_name={shards!r})",
@@ -44,15 +52,3 @@ def shared_gradient(
             "or the devices train apart.",
         )
     return gradient_of_all(gradients, axes_of(replica_axis_name), axes_of(shards))
-
-
-def _all_tell(axes: Axes) -> bool:
-    try:
-        return types_tell(axes)
-    except NameError as error:  # JAX's for an axis of which it knows nothing
-        raise refusal(
-            "train_op",
-            f"{axes!r} is no axis of a shard_map or pmap that is being traced. "
-            "axis_name and replica_axis_name are for train_op.update inside one; "
-            "under jit on a mesh leave them out.",
-        ) from error

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optloss.messages import check_number
 from optloss.trees import increment
@@ -90,10 +91,8 @@ class SpikeRule:
         in_a_row = jnp.where(made, 0, skipped)
         # A rise that lasts is the new level.
         gives_in = in_a_row >= self.patience
-        now: Levels = jax.tree.map(
-            lambda fresh, kept: jnp.where(gives_in, fresh, kept),
-            self.start(),
-            followed._replace(in_a_row=in_a_row),
+        now: Levels = optax.tree.where(
+            gives_in, self.start(), followed._replace(in_a_row=in_a_row)
         )
         return now
 
@@ -113,9 +112,7 @@ class SpikeRule:
             mean=level.mean + (1 - decay) * ahead,
             variance=decay * (level.variance + (1 - decay) * ahead**2),
         )
-        chosen: Level = jax.tree.map(
-            lambda new, old: jnp.where(seen, new, old), followed, level
-        )
+        chosen: Level = optax.tree.where(seen, followed, level)
         return chosen
 
 

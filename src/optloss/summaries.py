@@ -17,9 +17,9 @@ from optloss.donation import clear_if_deleted
 from optloss.fast.handover import Stacked, empty_like
 from optloss.histograms import Histogram, histogram
 from optloss.messages import argument_error
-from optloss.names import leaf_names
+from optloss.names import inexact_names
 from optloss.norms import global_norm, leaf_norms
-from optloss.trees import inexact_leaves, is_inexact
+from optloss.trees import inexact_leaves
 from optloss.typing import AxisName, PyTree, Summaries
 
 LEARNING_RATE = "learning_rate"
@@ -222,7 +222,7 @@ def _norms(asked: Asked, measured: Measured) -> dict[str, jax.Array]:
         # Of the gradient that the global norm is of, too: both come from one pass.
         tree = clipped if by is None else gradients
         norms = leaf_norms(tree, axis_name=asked.axis_name)
-        for name, one in zip(_inexact_names(tree), norms, strict=True):
+        for name, one in zip(inexact_names(tree), norms, strict=True):
             found[f"{PARAMETER_GRADIENT_NORM}/{name}"] = one if by is None else one * by
     return found
 
@@ -230,7 +230,7 @@ def _norms(asked: Asked, measured: Measured) -> dict[str, jax.Array]:
 def _histograms(
     asked: Asked, gradients: PyTree, step: jax.Array | None
 ) -> dict[str, Histogram]:
-    names, leaves = _inexact_names(gradients), inexact_leaves(gradients)
+    names, leaves = inexact_names(gradients), inexact_leaves(gradients)
 
     def counted() -> Stacked:
         return Stacked(
@@ -248,8 +248,3 @@ def _histograms(
     due = True if step is None else step % asked.histogram_every == 0
     found: Stacked = jax.lax.cond(due, counted, nothing)
     return found.summaries()
-
-
-def _inexact_names(tree: PyTree) -> list[str]:
-    pairs = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-    return [name for name, leaf in pairs if is_inexact(leaf)]

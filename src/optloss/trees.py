@@ -170,6 +170,11 @@ def inexact_only(tree: PyTree) -> PyTree:
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+def merge_inexact(new: PyTree, tree: PyTree) -> PyTree:
+    """Return ``tree`` with the leaves of ``new`` in place of its inexact ones."""
+    return merge_leaves(new, tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
+
+
 def is_transformation(value: object) -> TypeGuard[optax.GradientTransformation]:
     """Tell whether ``value`` is an instance with ``init`` and ``update``."""
     return not isinstance(value, type) and all(

@@ -34,15 +34,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_axis_name, check_number
-from optloss.norms import global_norm, leaf_norms
-from optloss.summaries import (
-    clip_measurements,
+from optloss.messages import (
+    check_axis_name,
+    check_below_one,
+    check_number,
+    check_whole,
 )
+from optloss.norms import global_norm, leaf_norms, shrink_factor
+from optloss.summaries import clip_measurements
 from optloss.trees import (
     increment,
     inexact_leaves,
-    is_inexact,
+    merge_inexact,
     norm_dtype,
     scale_leaves,
 )
@@ -128,7 +131,23 @@ def adagc(
         ``ClipGradByAdaptiveNorm`` of the authors' PaddlePaddle code, whose defaults
         these are.
     """
-    _check(relative, beta, warmup, absolute)
+    check_number(
+        "adagc",
+        "relative",
+        relative,
+        lambda number: 1 <= number < float("inf"),
+        "a finite real number >= 1 or a 0-d array. Below 1 each clip would lower the "
+        "bound of the next.",
+    )
+    check_below_one("adagc", "0.99 averages over some 100 updates.", beta=beta)
+    check_whole("adagc", 0, warmup=warmup)
+    check_number(
+        "adagc",
+        "absolute",
+        absolute,
+        lambda number: number > 0,
+        "a real number > 0 or a 0-d array. Use inf to clip nothing in the warm-up.",
+    )
     check_axis_name("adagc", axis_name)
 
     def init(params: optax.Params) -> AdaGCState:
@@ -148,7 +167,7 @@ def adagc(
     ) -> jax.Array:
         most = jnp.asarray(absolute, norms.dtype)
         own = jnp.where(jnp.isfinite(means), relative * means, most)
-        factors = jnp.where(warm, _shrink(norm, most), _shrink(norms, own))
+        factors = jnp.where(warm, shrink_factor(norm, most), shrink_factor(norms, own))
         return jnp.where(jnp.isfinite(norm), factors, 1).astype(norms.dtype)
 
     def follow(means: jax.Array, norms: jax.Array, warm: jax.Array) -> jax.Array:
@@ -177,7 +196,9 @@ def adagc(
             finite & (kept > 0), follow(state.means, kept, warm), state.means
         )
         share = global_norm(kept) / jnp.where(clipped, norm, 1)
-        return _scale_each(updates, factors), AdaGCState(
+        pairs = zip(inexact_leaves(updates), factors, strict=True)
+        scaled = [scale_leaves(leaf, factor) for leaf, factor in pairs]
+        return merge_inexact(scaled, updates), AdaGCState(
             step=increment(state.step),
             clipped=state.clipped + clipped,
             observed=state.observed + finite,
@@ -187,49 +208,3 @@ def adagc(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _shrink(norm: jax.Array, bound: jax.Array) -> jax.Array:
-    """Return the factor that makes ``norm`` at most ``bound``."""
-    outside = norm > bound
-    return jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
-
-
-def _scale_each(tree: PyTree, factors: jax.Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    for place, factor in zip(places, factors, strict=True):
-        leaves[place] = scale_leaves(leaves[place], factor)
-    return jax.tree.unflatten(structure, leaves)
-
-
-def _check(relative: Scalar, beta: Scalar, warmup: Scalar, absolute: Scalar) -> None:
-    check_number(
-        "adagc",
-        "relative",
-        relative,
-        lambda number: 1 <= number < float("inf"),
-        "a finite real number >= 1 or a 0-d array. Below 1 each clip would lower the "
-        "bound of the next.",
-    )
-    check_number(
-        "adagc",
-        "beta",
-        beta,
-        lambda number: 0 <= number < 1,
-        "a real number in [0, 1) or a 0-d array. 0.99 averages over some 100 updates.",
-    )
-    check_number(
-        "adagc",
-        "warmup",
-        warmup,
-        lambda number: number >= 0 and number % 1 == 0,
-        "a whole number >= 0 or a 0-d array.",
-    )
-    check_number(
-        "adagc",
-        "absolute",
-        absolute,
-        lambda number: number > 0,
-        "a real number > 0 or a 0-d array. Use inf to clip nothing in the warm-up.",
-    )

@@ -34,10 +34,13 @@ import optax
 from jax.typing import DTypeLike
 
 from optloss.messages import (
-    argument_error,
+    check_at_least_zero,
     check_axis_name,
+    check_below_one,
+    check_bool,
     check_choice,
     check_number,
+    check_positive,
     is_array,
     is_real_scalar,
 )
@@ -189,9 +192,27 @@ def adaptive_clipping(
     References:
         ``tf.contrib.layers.adaptive_clipping_fn``, TensorFlow 1.15.
     """
-    _check(std_factor, decay, static_max_norm, epsilon, decay_warmup)
-    check_choice("adaptive_clipping", "statistics", statistics, STATISTICS)
-    check_axis_name("adaptive_clipping", axis_name)
+    call = "adaptive_clipping"
+    check_at_least_zero(call, std_factor=std_factor)
+    check_below_one(call, "0.95 averages over some 20 updates.", decay=decay)
+    if static_max_norm is not None:
+        check_number(
+            call,
+            "static_max_norm",
+            static_max_norm,
+            lambda number: number >= 0,
+            "a real number >= 0 or a 0-d array, or None for no fixed bound.",
+        )
+    check_positive(call, epsilon=epsilon)
+    # `optax.inject_hyperparams` makes an array of a flag.
+    is_flag = is_array(decay_warmup) and (
+        is_real_scalar(decay_warmup)
+        or (decay_warmup.dtype == jnp.bool_ and decay_warmup.shape == ())
+    )
+    if not is_flag:
+        check_bool(call, "decay_warmup", decay_warmup)
+    check_choice(call, "statistics", statistics, STATISTICS)
+    check_axis_name(call, axis_name)
     previous = statistics == "previous"
     kind = PreviousClippingState if previous else AdaptiveClippingState
 
@@ -297,51 +318,3 @@ def adaptive_clipping(
 def _largest_log(dtype: DTypeLike) -> float:
     info = jnp.finfo(dtype)
     return math.log(float(info.max)) * (1 - 2 * float(info.eps))
-
-
-def _check(
-    std_factor: object,
-    decay: object,
-    static_max_norm: object,
-    epsilon: object,
-    decay_warmup: object,
-) -> None:
-    call, infinity = "adaptive_clipping", float("inf")
-    check_number(
-        call,
-        "std_factor",
-        std_factor,
-        lambda number: 0 <= number < infinity,
-        "a finite real number >= 0 or a 0-d array.",
-    )
-    check_number(
-        call,
-        "decay",
-        decay,
-        lambda number: 0 <= number < 1,
-        "a real number in [0, 1) or a 0-d array. 0.95 averages over some 20 updates.",
-    )
-    if static_max_norm is not None:
-        check_number(
-            call,
-            "static_max_norm",
-            static_max_norm,
-            lambda number: number >= 0,
-            "a real number >= 0 or a 0-d array, or None for no fixed bound.",
-        )
-    check_number(
-        call,
-        "epsilon",
-        epsilon,
-        lambda number: 0 < number < infinity,
-        "a finite real number > 0 or a 0-d array.",
-    )
-    # `optax.inject_hyperparams` makes an array of a flag.
-    flag = is_array(decay_warmup) and (
-        is_real_scalar(decay_warmup)
-        or (decay_warmup.dtype == jnp.bool_ and decay_warmup.shape == ())
-    )
-    if not isinstance(decay_warmup, bool) and not flag:
-        raise argument_error(
-            call, "decay_warmup", decay_warmup, "must be True or False."
-        )

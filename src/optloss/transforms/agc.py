@@ -33,16 +33,15 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import Axes, axes_of, varying_axes
-from optloss.messages import check_axis_name, check_number, refusal
-from optloss.names import as_patterns, first_match, leaf_names
-from optloss.norms import global_norm
-from optloss.summaries import (
-    clip_measurements,
-)
+from optloss.messages import check_axis_name, check_number, check_positive
+from optloss.names import as_patterns, first_match, inexact_names, leaf_names
+from optloss.norms import global_norm, shrink_factor
+from optloss.summaries import clip_measurements
+from optloss.transforms.clipping import with_variables
 from optloss.trees import (
     accumulator_dtype,
     increment,
-    is_inexact,
+    merge_inexact,
     norm_dtype,
     scale_leaves,
 )
@@ -132,12 +131,20 @@ def agc(
         Without Normalization*, 2021, arXiv:2102.06171, section 4, and ``agc_optax.py``
         of the authors' code.
     """
-    _check(clipping, epsilon)
+    check_number(
+        "agc",
+        "clipping",
+        clipping,
+        lambda number: number >= 0,
+        "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
+    )
+    check_positive("agc", epsilon=epsilon)
     check_axis_name("agc", axis_name)
     patterns = as_patterns("agc", "exclude", exclude)
 
     def init(params: optax.Params) -> AGCState:
-        names = leaf_names(_with_frozen(params))
+        # A pattern may match frozen parameters alone.
+        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=_is_masked))
         for pattern in patterns:
             first_match("agc, exclude", [pattern], names)
         dtype = norm_dtype(params)
@@ -153,9 +160,7 @@ def agc(
     def factor_of(unit: jax.Array, weights: jax.Array) -> jax.Array:
         bound = jnp.maximum(weights, jnp.asarray(epsilon, weights.dtype))
         bound = jnp.maximum(jnp.asarray(clipping, unit.dtype), 0) * bound
-        outside = unit > bound
-        factor = jnp.where(outside, bound / jnp.where(outside, unit, 1), 1)
-        return factor.astype(unit.dtype)
+        return shrink_factor(unit, bound).astype(unit.dtype)
 
     def update(
         updates: PyTree,
@@ -166,31 +171,22 @@ def agc(
         **extra: PyTree,
     ) -> tuple[PyTree, PyTree]:
         del extra
-        if params is None:
-            raise refusal(
-                "agc",
-                "the gradient is compared with the parameters, so "
-                "update(updates, state, params) needs params.",
-            )
+        reason = "the gradient is compared with the parameters"
+        pairs = with_variables("agc", reason, updates, params)
         axes, dtype = axes_of(axis_name), state.norm.dtype
-        leaves, structure = jax.tree.flatten(updates)
-        weights = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))
-        rules = first_match("agc", patterns, leaf_names(updates), check=False)
-        units = {
-            i: _unit_norms(leaf, axes)
-            for i, leaf in enumerate(leaves)
-            if is_inexact(leaf)
-        }
+        rules = first_match("agc", patterns, inexact_names(updates), check=False)
+        leaves = [leaf for leaf, _ in pairs]
+        units = [_unit_norms(leaf, axes) for leaf in leaves]
         norm = global_norm(units) if gradient_norm is None else gradient_norm
-        finite, clipped, kept = jnp.isfinite(norm), jnp.array(False), dict(units)
-        for i, unit in units.items():
+        finite, clipped, kept = jnp.isfinite(norm), jnp.array(False), list(units)
+        for i, (leaf, weights) in enumerate(pairs):
             if rules[i] is None:
-                factor = factor_of(unit, _unit_norms(weights[i], axes))
+                factor = factor_of(units[i], _unit_norms(weights, axes))
                 factor = jnp.where(finite, factor, 1)
-                leaves[i] = scale_leaves(leaves[i], factor)
-                clipped, kept[i] = clipped | jnp.any(factor < 1), unit * factor
+                leaves[i], kept[i] = scale_leaves(leaf, factor), units[i] * factor
+                clipped |= jnp.any(factor < 1)
         share = (global_norm(kept) / jnp.where(clipped, norm, 1)).astype(dtype)
-        return jax.tree.unflatten(structure, leaves), AGCState(
+        return merge_inexact(leaves, updates), AGCState(
             step=increment(state.step),
             clipped=state.clipped + clipped,
             observed=state.observed + finite,
@@ -222,29 +218,5 @@ def _unit_norms(leaf: jax.Array, axes: Axes) -> jax.Array:
     return jnp.where(usable, scale * jnp.sqrt(jnp.where(usable, total, 1)), largest)
 
 
-def _with_frozen(params: PyTree) -> PyTree:
-    """Return ``params`` with a leaf where a frozen one was masked, for its name."""
-
-    def is_masked(node: PyTree) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    return jax.tree.map(
-        lambda node: 0 if is_masked(node) else node, params, is_leaf=is_masked
-    )
-
-
-def _check(clipping: Scalar, epsilon: Scalar) -> None:
-    check_number(
-        "agc",
-        "clipping",
-        clipping,
-        lambda number: number >= 0,
-        "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
-    )
-    check_number(
-        "agc",
-        "epsilon",
-        epsilon,
-        lambda number: 0 < number < float("inf"),
-        "a finite real number > 0 or a 0-d array.",
-    )
+def _is_masked(node: PyTree) -> bool:
+    return isinstance(node, optax.MaskedNode)

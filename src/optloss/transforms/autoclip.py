@@ -29,11 +29,8 @@ import jax.numpy as jnp
 import optax
 
 from optloss.messages import check_axis_name, check_int, check_number
-from optloss.norms import global_norm
-from optloss.summaries import (
-    CLIP_THRESHOLD,
-    clip_measurements,
-)
+from optloss.norms import global_norm, shrink_factor
+from optloss.summaries import CLIP_THRESHOLD, clip_measurements
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import AxisName, PyTree, Scalar
 
@@ -58,10 +55,7 @@ class AutoClipState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {
-            **clip_measurements(self),
-            CLIP_THRESHOLD: self.max_norm,
-        }
+        return {**clip_measurements(self), CLIP_THRESHOLD: self.max_norm}
 
 
 def autoclip(
@@ -171,11 +165,10 @@ def autoclip(
         here = (jnp.arange(history) == state.observed % history) & finite
         norms = jnp.where(here, norm, state.history)
         max_norm = percentile_of(norms, jnp.minimum(observed, history))
-        outside = finite & (norm > max_norm) & (max_norm > 0)
-        factor = jnp.where(outside, max_norm / jnp.where(outside, norm, 1), 1)
+        factor = jnp.where(max_norm > 0, shrink_factor(norm, max_norm), 1)
         return scale_leaves(updates, factor), AutoClipState(
             step=increment(state.step),
-            clipped=state.clipped + outside,
+            clipped=state.clipped + (factor < 1),
             observed=observed,
             history=norms,
             max_norm=max_norm,

@@ -18,11 +18,15 @@ from optloss.messages import (
     refusal,
     short_repr,
 )
-from optloss.norms import global_norm
-from optloss.summaries import (
-    clip_measurements,
+from optloss.norms import global_norm, shrink_factor
+from optloss.summaries import clip_measurements
+from optloss.trees import (
+    increment,
+    is_inexact,
+    merge_inexact,
+    norm_dtype,
+    scale_leaves,
 )
-from optloss.trees import increment, is_inexact, norm_dtype, scale_leaves
 from optloss.typing import AxisName, Pairs, PyTree, Scalar, Schedule
 
 
@@ -131,11 +135,10 @@ def clip_by_global_norm(
         largest = float(jnp.finfo(norm.dtype).max)
         within = min(radius, largest) if is_number(radius) else radius
         bound = jnp.clip(jnp.asarray(within, norm.dtype), 0, largest)
-        outside = (norm > bound) & jnp.isfinite(norm)
-        factor = jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
+        factor = shrink_factor(norm, bound)
         new_state = ClipState(
             step=increment(state.step),
-            clipped=state.clipped + outside,
+            clipped=state.clipped + (factor < 1),
             norm=norm,
             factor=factor.astype(norm.dtype),
         )
@@ -180,10 +183,6 @@ def clip_by_function(
     """
     check_callable("clip_by_function", "fn", fn, 1, "a function of a list of pairs")
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
     def update(
         updates: PyTree,
         state: PyTree,
@@ -191,39 +190,39 @@ def clip_by_function(
         **extra: object,
     ) -> tuple[PyTree, PyTree]:
         del extra
-        if params is None:
-            raise refusal(
-                "clip_by_function",
-                "the function is given (gradient, variable) pairs, so "
-                "update(updates, state, params) needs params.",
-            )
-        leaves, structure = jax.tree.flatten(updates)
-        variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))
-        places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-        result = fn([(leaves[i], variables[i]) for i in places])
-        for i, gradient in zip(
-            places, _gradients(fn, result, len(places)), strict=True
-        ):
-            leaves[i] = _like(fn, gradient, leaves[i])
-        return jax.tree.unflatten(structure, leaves), state
+        reason = "the function is given (gradient, variable) pairs"
+        pairs = with_variables("clip_by_function", reason, updates, params)
+        gradients = _gradients(fn, fn(list(pairs)), len(pairs))
+        clipped = [
+            _like(fn, gradient, before)
+            for gradient, (before, _) in zip(gradients, pairs, strict=True)
+        ]
+        return merge_inexact(clipped, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def with_variables(call: str, reason: str, updates: PyTree, params: PyTree) -> Pairs:
+    """Return each inexact gradient with its parameter, which ``call`` needs."""
+    if params is None:
+        problem = f"{reason}, so update(updates, state, params) needs params."
+        raise refusal(call, problem)
+    variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))
+    pairs = zip(jax.tree.leaves(updates), variables, strict=True)
+    return [(gradient, v) for gradient, v in pairs if is_inexact(gradient)]
 
 
 def _gradients(fn: object, result: object, length: int) -> list[PyTree]:
     pairs: list[PyTree] = list(result) if isinstance(result, Iterable) else [None]
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
-        raise argument_error(
-            "clip_by_function", "fn", fn, "must return a list of (gradient, variable)."
+        problem = "must return a list of (gradient, variable)."
+    elif len(pairs) != length:
+        problem = (
+            f"was given {length} pairs and returned {len(pairs)}. Return one for each."
         )
-    if len(pairs) != length:
-        raise argument_error(
-            "clip_by_function",
-            "fn",
-            fn,
-            f"was given {length} pairs and returned {len(pairs)}. Return one for each.",
-        )
-    return [gradient for gradient, _ in pairs]
+    else:
+        return [gradient for gradient, _ in pairs]
+    raise argument_error("clip_by_function", "fn", fn, problem)
 
 
 def _like(fn: object, gradient: object, before: jax.Array) -> jax.Array:

@@ -26,10 +26,9 @@ from optloss.trees import (
     accumulator_dtype,
     increment,
     inexact_only,
-    is_inexact,
     is_transformation,
     keep_dtypes,
-    merge_leaves,
+    merge_inexact,
     scale_leaves,
     to_float32,
 )
@@ -233,11 +232,10 @@ def with_rate(
         steps, inner = factory(rate).update(
             inexact_only(updates), state.inner, inexact_only(params), **extra
         )
-        selected = [is_inexact(leaf) for leaf in jax.tree.leaves(updates)]
         inner = keep_dtypes(inner, state.inner)
         count = increment(state.step)
         new_state = LearningRateState(count, state.base, _under(key, rate), inner)
-        return merge_leaves(steps, updates, selected), new_state
+        return merge_inexact(steps, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

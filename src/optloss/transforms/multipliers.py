@@ -102,7 +102,11 @@ def multiply_gradients(
         del params, extra
         factors = constants
         if counts:
-            factors = _factors(multipliers, state.step if step is None else step)
+            time = state.step if step is None else step
+            factors = [
+                value_at("multiply_gradients", f"multipliers[{key!r}]", value, time)
+                for key, value in multipliers.items()
+            ]
             state = MultiplierState(increment(state.step))
         leaves, structure = jax.tree.flatten(updates)
         rules = resolve(tuple(leaf_names(updates)))
@@ -122,13 +126,6 @@ def start_multiplying(
     if any(map(is_schedule, multipliers.values())):
         return MultiplierState(jnp.zeros((), jnp.int32))
     return optax.EmptyState()
-
-
-def _factors(multipliers: Multipliers, step: jax.Array) -> list[Scalar]:
-    return [
-        value_at("multiply_gradients", f"multipliers[{key!r}]", value, step)
-        for key, value in multipliers.items()
-    ]
 
 
 def _multiply(leaf: PyTree, multiplier: Scalar) -> PyTree:

@@ -13,15 +13,15 @@ from optloss.fast.draws import add_normals, split_key
 from optloss.knobs import check_knob, value_at
 from optloss.mesh import Axes, axes_of, shard_index, varying_axes
 from optloss.messages import (
+    check_at_least_zero,
     check_axis_name,
     check_choice,
     check_key,
-    check_number,
     is_number,
 )
-from optloss.names import check_names, leaf_names
+from optloss.names import check_names, inexact_names
 from optloss.summaries import NOISE_STD
-from optloss.trees import increment, is_inexact
+from optloss.trees import increment, inexact_leaves, merge_inexact
 from optloss.typing import AxisName, PyTree, Scalar, Schedule
 
 DISTRIBUTIONS = ("normal", "truncated_normal")
@@ -103,17 +103,14 @@ def add_gradient_noise(
         Neelakantan et al., *Adding Gradient Noise Improves Learning for Very Deep
         Networks*, 2015, arXiv:1511.06807, section 3 (there :math:`\eta = s^2`).
     """
-    for argument, value, check in (
-        ("scale", scale, check_knob),
-        ("annealing", annealing, check_number),
-    ):
-        check(
-            "add_gradient_noise",
-            argument,
-            value,
-            lambda number: 0 <= number < float("inf"),
-            "a finite real number >= 0 or a 0-d array.",
-        )
+    check_knob(
+        "add_gradient_noise",
+        "scale",
+        scale,
+        lambda number: 0 <= number < float("inf"),
+        "a finite real number >= 0 or a 0-d array.",
+    )
+    check_at_least_zero("add_gradient_noise", annealing=annealing)
     check_choice("add_gradient_noise", "distribution", distribution, DISTRIBUTIONS)
     check_key("add_gradient_noise", "key", key)
     check_axis_name("add_gradient_noise", axis_name)
@@ -148,23 +145,18 @@ def add_gradient_noise(
         )
         if silent:
             return updates, new_state
-        leaves, structure = jax.tree.flatten(updates)
-        names = leaf_names(updates)
-        places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-        members = [leaves[i] for i in places]
+        leaves = inexact_leaves(updates)
         noisy = add_normals(
-            members,
+            leaves,
             std,
             state.key,
             split_key(key)[1],
             state.step,
-            [names[i] for i in places],
+            inexact_names(updates),
             distribution=distribution,
-            shard_ids=_shard_ids(members, axes),
+            shard_ids=_shard_ids(leaves, axes),
         )
-        for i, leaf in zip(places, noisy, strict=True):
-            leaves[i] = leaf
-        return jax.tree.unflatten(structure, leaves), new_state
+        return merge_inexact(noisy, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import optax
 
 from optloss.guard import guarded
-from optloss.messages import argument_error, check_axis_name
-from optloss.trees import is_transformation
 from optloss.typing import AxisName
 
 
@@ -52,9 +50,4 @@ def skip_nonfinite(
         alone as well; ``optax.apply_if_finite``, which accepts a non-finite update
         after some in a row.
     """
-    if not is_transformation(inner):
-        raise argument_error(
-            "skip_nonfinite", "inner", inner, "must be an optax transformation."
-        )
-    check_axis_name("skip_nonfinite", axis_name)
-    return guarded(inner, axis_name)
+    return guarded("skip_nonfinite", inner, axis_name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import optax
 
 from optloss.guard import guarded
-from optloss.messages import argument_error, check_axis_name, check_number
+from optloss.messages import check_below_one, check_positive, check_whole
 from optloss.spikes import STD_FACTOR, SpikeRule
-from optloss.trees import is_transformation
 from optloss.typing import AxisName, Scalar
 
 
@@ -66,37 +65,8 @@ def skip_spikes(
         alone as well; :func:`zclip`, which shrinks spikes instead.
     """
     call = "skip_spikes"
-    if not is_transformation(inner):
-        problem = "must be an optax transformation."
-        raise argument_error(call, "inner", inner, problem)
-    check_number(
-        call,
-        "std_factor",
-        std_factor,
-        lambda number: 0 < number < float("inf"),
-        "a finite real number > 0 or a 0-d array.",
-    )
-    check_number(
-        call,
-        "decay",
-        decay,
-        lambda number: 0 <= number < 1,
-        "a real number in [0, 1) or a 0-d array. 0.98 averages over some 50 updates.",
-    )
-    check_number(
-        call,
-        "warmup",
-        warmup,
-        lambda number: number >= 1 and number % 1 == 0,
-        "a whole number >= 1 or a 0-d array.",
-    )
-    check_number(
-        call,
-        "patience",
-        patience,
-        lambda number: number >= 1 and number % 1 == 0,
-        "a whole number >= 1 or a 0-d array.",
-    )
-    check_axis_name(call, axis_name)
+    check_positive(call, std_factor=std_factor)
+    check_below_one(call, "0.98 averages over some 50 updates.", decay=decay)
+    check_whole(call, 1, warmup=warmup, patience=patience)
     rule = SpikeRule(std_factor, decay, warmup, patience)
-    return guarded(inner, axis_name, rule)
+    return guarded(call, inner, axis_name, rule)

@@ -40,12 +40,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import check_axis_name, check_choice, check_number
-from optloss.norms import global_norm
-from optloss.summaries import (
-    CLIP_THRESHOLD,
-    clip_measurements,
+from optloss.messages import (
+    check_axis_name,
+    check_below_one,
+    check_choice,
+    check_positive,
+    check_whole,
 )
+from optloss.norms import global_norm
+from optloss.summaries import CLIP_THRESHOLD, clip_measurements
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import AxisName, PyTree, Scalar
 
@@ -71,10 +74,7 @@ class ZClipState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {
-            **clip_measurements(self),
-            CLIP_THRESHOLD: self.max_norm,
-        }
+        return {**clip_measurements(self), CLIP_THRESHOLD: self.max_norm}
 
 
 def zclip(
@@ -135,7 +135,10 @@ def zclip(
         ``"adaptive_scaling"``, its ``"zscore"`` with ``"mean"``, and its
         ``"percentile"``.
     """
-    _check(z_threshold, alpha, warmup, mode)
+    check_positive("zclip", z_threshold=z_threshold)
+    check_below_one("zclip", "0.97 averages over some 33 updates.", alpha=alpha)
+    check_whole("zclip", 1, warmup=warmup)
+    check_choice("zclip", "mode", mode, MODES)
     check_axis_name("zclip", axis_name)
 
     def init(params: optax.Params) -> ZClipState:
@@ -191,9 +194,7 @@ def zclip(
         norm = jnp.asarray(gradient_norm, dtype)
         warm = state.observed < warmup
         margin = jnp.asarray(z_threshold, dtype) * state.std
-        max_norm = jnp.where(
-            warm | (state.mean == 0), jnp.inf, state.mean + margin
-        ).astype(dtype)
+        max_norm = jnp.where(warm | (state.mean == 0), jnp.inf, state.mean + margin)
         outside = jnp.isfinite(norm) & (norm > max_norm)
         aim = target(state.mean, margin, jnp.where(outside, norm - state.mean, 1))
         factor = jnp.where(outside, aim / jnp.where(outside, norm, 1), 1)
@@ -211,28 +212,3 @@ def zclip(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check(z_threshold: Scalar, alpha: Scalar, warmup: Scalar, mode: str) -> None:
-    check_number(
-        "zclip",
-        "z_threshold",
-        z_threshold,
-        lambda number: 0 < number < float("inf"),
-        "a finite real number > 0 or a 0-d array.",
-    )
-    check_number(
-        "zclip",
-        "alpha",
-        alpha,
-        lambda number: 0 <= number < 1,
-        "a real number in [0, 1) or a 0-d array. 0.97 averages over some 33 updates.",
-    )
-    check_number(
-        "zclip",
-        "warmup",
-        warmup,
-        lambda number: number >= 1 and number % 1 == 0,
-        "a whole number >= 1 or a 0-d array.",
-    )
-    check_choice("zclip", "mode", mode, MODES)
