@@ -20,7 +20,7 @@ from optloss.averages import check_decay
 from optloss.extra import by_signature
 from optloss.knobs import check_knob, check_schedule, is_schedule
 from optloss.loss_scale import as_loss_scale
-from optloss.made_by import name_of, root
+from optloss.made_by import module_of, name_of, root
 from optloss.mesh import is_deleted
 from optloss.messages import (
     argument_error,
@@ -33,6 +33,7 @@ from optloss.messages import (
     is_array,
     is_encodable,
     is_number,
+    is_real_scalar,
     listing,
     quoted,
     refusal,
@@ -41,6 +42,7 @@ from optloss.messages import (
 )
 from optloss.names import check_names, check_variables, leaf_names
 from optloss.optimizer_argument import (
+    Given,
     check_learning_rate,
     check_pack_size,
     optimizer_stage,
@@ -56,8 +58,6 @@ from optloss.transforms.multipliers import check_multipliers, multiply_gradients
 from optloss.transforms.noise import add_gradient_noise
 from optloss.trees import is_transformation
 from optloss.typing import PyTree
-
-Given = Mapping[str, Any]
 
 LARGEST_STEP = 2**31 - 1
 
@@ -147,9 +147,8 @@ def _is_jax_array(leaf: object) -> bool:
     if not (hasattr(leaf, "dtype") and isinstance(getattr(leaf, "shape", None), tuple)):
         return False
     # NumPy has arrays of objects, of text and of dates, which JAX has not.
-    return not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in (
-        *"OUSMm",
-    )
+    is_numpy = isinstance(leaf, (np.ndarray, np.generic))
+    return not (is_numpy and leaf.dtype.kind in "OUSMm")
 
 
 # The loss and its step
@@ -164,13 +163,11 @@ def _check_global_step(call: str, given: Given) -> None:
     step = given["global_step"]
     if step is None:
         return
-    if is_array(step):
-        good = step.shape == () and jnp.issubdtype(step.dtype, jnp.integer)
-    else:
-        good = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
-    if good and isinstance(step, jax.Array):
-        good = not is_deleted(step)
-    elif good:
+    whole = isinstance(step, (int, np.integer)) or (
+        is_array(step) and jnp.issubdtype(step.dtype, jnp.integer)
+    )
+    good = whole and is_real_scalar(step)
+    if good and not isinstance(step, jax.Array):
         good = 0 <= int(step) <= LARGEST_STEP
     if not good:
         cure = (
@@ -256,7 +253,7 @@ def _check_value_and_grad(call: str, given: Given) -> None:
             f"must be {wanted}, with an argument has_aux. Pass jax.value_and_grad "
             "itself, not what it makes of the loss."
         )
-    elif _is_of_nnx(value_and_grad):
+    elif module_of(value_and_grad).startswith("flax.nnx"):
         problem = (
             "differentiates nnx modules, not trees of arrays. Use jax.value_and_grad; "
             "optloss.integrations.nnx.optimize_loss takes the module itself."
@@ -276,11 +273,6 @@ def _check_value_and_grad(call: str, given: Given) -> None:
         if given[other] is not None:
             problem = f"cannot be used together with {other}: {why}"
             raise argument_error(call, "value_and_grad", value_and_grad, problem)
-
-
-def _is_of_nnx(function: object) -> bool:
-    module = getattr(root(function), "__module__", None) or ""
-    return module.startswith("flax.nnx")
 
 
 def _check_projection(call: str, given: Given) -> None:
@@ -378,8 +370,8 @@ def _given_stage(transform: optax.GradientTransformation) -> Stage:
 
 
 def _is_factory(value: object) -> bool:
-    module = getattr(root(value), "__module__", None) or ""
-    return callable(value) and module.split(".")[0] in ("optloss", "optax")
+    library = module_of(value).split(".")[0]
+    return callable(value) and library in ("optloss", "optax")
 
 
 def _flag(name: str) -> Callable[[str, Given], bool]:

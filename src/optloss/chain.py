@@ -16,31 +16,17 @@ from typing import TypeVar
 import jax
 import optax
 
-from optloss.arguments import Given
 from optloss.chain_start import ChainStart
 from optloss.extra import about_trained
-from optloss.fast.packing import (
-    layout_of,
-    pack,
-)
+from optloss.fast.packing import layout_of, pack
 from optloss.guard import judge, update_if
 from optloss.norms import global_norm
+from optloss.optimizer_argument import Given
 from optloss.rates import used_rates
 from optloss.replicas import shard_axes
-from optloss.stages import (
-    ChainState,
-    Extra,
-    offers_norms,
-    run,
-    run_clip,
-)
+from optloss.stages import ChainState, Extra, offers_norms, run, run_clip
 from optloss.summaries import Measured
-from optloss.trees import (
-    keep_dtypes,
-    merge_leaves,
-    negative_zeros,
-    select_leaves,
-)
+from optloss.trees import keep_dtypes, merge_leaves, negative_zeros, select_leaves
 from optloss.typing import AxisName, PyTree
 
 CARRY_OVER = (

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.arguments import Given, as_arrays, stages_of
+from optloss.arguments import as_arrays, stages_of
 from optloss.fast.packing import Layout, layout_of, pack_small_leaves, table_of
 from optloss.guard import start_skipping
 from optloss.loss_scale import LossScale, as_loss_scale
 from optloss.names import first_match, leaf_names, select
+from optloss.optimizer_argument import Given
 from optloss.spikes import SpikeRule, as_spike_rule
 from optloss.stages import ChainState, Stages, in_turn, looks_at_leaves
 from optloss.state_check import check_state
@@ -31,6 +32,7 @@ class ChainStart:
     pack_size: int
     loss_scale: LossScale | None
     spikes: SpikeRule | None
+    checked: set[PyTree] = dataclasses.field(default_factory=set)
 
     @classmethod
     def of(cls, call: str, given: Given) -> "ChainStart":
@@ -120,19 +122,15 @@ class ChainStart:
         """
         shapes = tuple(map(jnp.shape, jax.tree.leaves((state, trained))))
         seen = jax.tree.structure((state, trained)), shapes
-        if seen not in self._checked:
+        if seen not in self.checked:
             check_state(call, state, self, trained, cure)
-            self._checked.add(seen)
+            self.checked.add(seen)
 
     @functools.cached_property  # trying a clip out compiles it
     def packs_all(self) -> bool:
         """Whether the clip, too, works on packed leaves."""
-        clip, optimizer = self.stages.clip, self.stages.optimizer
-        return (
-            self.pack_size > 0
-            and optimizer.groups is None
-            and not looks_at_leaves(clip)
-        )
+        grouped = self.stages.optimizer.groups is not None
+        return self.pack_size > 0 and not (grouped or looks_at_leaves(self.stages.clip))
 
     @functools.cached_property
     def clip_and_optimizer(self) -> optax.GradientTransformationExtraArgs:
@@ -147,7 +145,3 @@ class ChainStart:
         else:
             packed = optimizer.transform
         return in_turn(clip, optimizer._replace(transform=packed))
-
-    @functools.cached_property
-    def _checked(self) -> set[PyTree]:
-        return set()

@@ -1,10 +1,9 @@
-"""The chain in words: a line for ``repr``, a table of parameters for ``describe``."""
+"""What ``describe`` prints: the pipeline, a table of the parameters, the totals."""
 
 import math
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,12 +47,6 @@ class Row(NamedTuple):
     multiplier: str = ""
 
 
-def one_line(chain: Chain, name: str, first: str, last: Sequence[str]) -> str:
-    """Return the pipeline in order, with what comes before and after the chain."""
-    line = " -> ".join([first, *chain.start.texts, *last]) + chain.start.skips
-    return f"{name}: {line}" if name else line
-
-
 def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
     """Return the ``pipeline``, the folded table of ``params`` and the totals."""
     params = as_arrays(chain.start.call, params)
@@ -95,9 +88,7 @@ def _row(
         "x".join(map(str, leaf.shape)) or "scalar",
         str(leaf.dtype),
         "trained" if trained else "frozen",
-        *(group if trained else ("", "")),
-        gradient if trained else "",
-        multiplier if trained else "",
+        *((*group, gradient, multiplier) if trained else ()),
     )
 
 

@@ -36,7 +36,8 @@ from optloss.typing import DecayFn, OneRate, Pattern, PyTree
 Transform = optax.GradientTransformationExtraArgs
 
 
-class Maker(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Maker:
     """One optimizer: how it is called, and what makes it."""
 
     text: str
@@ -47,6 +48,13 @@ class Maker(NamedTuple):
     def keeps_own(self, rate: OneRate) -> bool:
         """Tell whether the rate that is given has no effect."""
         return self.factory is None or (rate is None and self.own is not None)
+
+    @functools.cached_property
+    def is_elementwise(self) -> bool:
+        """Whether it may work on packed leaves; trying it out takes a second."""
+        # The caller's rate may be traced, and the answer is the same at this one.
+        made = self.own() if self.factory is None else self.factory(0.1)
+        return is_elementwise(by_signature(made))
 
 
 class Table(NamedTuple):
@@ -138,7 +146,7 @@ class Groups:
         groups = [self._group(*places) for places in self._places(leaf_names(trained))]
         vectors: dict[str, list[Slot]] = {}
         for group in dict.fromkeys(groups):
-            if _is_elementwise(self.makers.values[group[0]]):
+            if self.makers.values[group[0]].is_elementwise:
                 part = select_leaves(trained, [other == group for other in groups])
                 vectors |= layout_of(part, pack_size).vectors
         return Layout(vectors)
@@ -252,13 +260,6 @@ def _at_own_rate(maker: Maker, pack_size: int) -> Transform:
 
 
 def _packed(transform: Transform, maker: Maker, pack_size: int) -> Transform:
-    if not pack_size or not _is_elementwise(maker):
+    if not pack_size or not maker.is_elementwise:
         return transform
     return pack_small_leaves(transform, pack_size)
-
-
-@functools.lru_cache(maxsize=64)
-def _is_elementwise(maker: Maker) -> bool:
-    # Trying it out takes a second.
-    made = maker.own() if maker.factory is None else maker.factory(0.1)
-    return is_elementwise(by_signature(made))

@@ -63,10 +63,6 @@ def check_schedule(call: str, argument: str, knob: object) -> None:
 def check_scalar(call: str, argument: str, fn: object, result: object) -> Scalar:
     """Refuse what a schedule or decay function returned unless it is a real scalar."""
     if not is_real_scalar(result):
-        raise argument_error(
-            call,
-            argument,
-            fn,
-            f"must return a real scalar, returned {short_repr(result)}.",
-        )
+        problem = f"must return a real scalar, returned {short_repr(result)}."
+        raise argument_error(call, argument, fn, problem)
     return result

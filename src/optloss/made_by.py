@@ -4,7 +4,8 @@ A transformation is two closures. Their qualified names tell which function made
 and what a chain closes over tells of what it is made.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -20,14 +21,15 @@ def root(function: Any) -> Any:
     return function
 
 
+def module_of(function: object) -> str:
+    """Return the module that ``function`` is of, "" where it tells none."""
+    return getattr(root(function), "__module__", None) or ""
+
+
 def name_of(transform: optax.GradientTransformation) -> str:
     """Return what ``transform`` is, as code would have it: ``optax.chain(...)``."""
-    return f"{_package(root(transform.update))}{_plain_name(transform)}"
-
-
-def _package(function: Callable[..., object]) -> str:
-    module = getattr(function, "__module__", None) or ""
-    return "optax." if module.split(".")[0] == "optax" else ""
+    is_optax = module_of(transform.update).split(".")[0] == "optax"
+    return f"{'optax.' if is_optax else ''}{_plain_name(transform)}"
 
 
 def _plain_name(transform: optax.GradientTransformation) -> str:
@@ -44,7 +46,7 @@ def _plain_name(transform: optax.GradientTransformation) -> str:
     return name or _maker(transform.init) or type(transform).__name__
 
 
-def _parts(closure: dict[str, Any]) -> list[optax.GradientTransformation]:
+def _parts(closure: Mapping[str, Any]) -> list[optax.GradientTransformation]:
     if "update_fns" in closure:
         functions = closure["update_fns"]
         return [optax.GradientTransformation(update, update) for update in functions]
@@ -57,12 +59,8 @@ def _maker(function: Callable[..., object]) -> str:
     return "" if outer == "<lambda>" else outer
 
 
-def _closure(function: Callable[..., object]) -> dict[str, Any]:
-    code = getattr(function, "__code__", None)
-    cells = getattr(function, "__closure__", None)
-    if code is None or cells is None:
+def _closure(function: Callable[..., object]) -> Mapping[str, Any]:
+    function = getattr(function, "__func__", function)
+    if not inspect.isfunction(function):
         return {}
-    return {
-        name: cell.cell_contents
-        for name, cell in zip(code.co_freevars, cells, strict=True)
-    }
+    return inspect.getclosurevars(function).nonlocals

@@ -211,7 +211,7 @@ def cond_on_mesh(
 # Placement
 
 
-def shard_state(state: PyTree, params: PyTree) -> PyTree:
+def shard_state(state: T, params: PyTree) -> T:
     """Return ``state`` with its leaves placed to match ``params``.
 
     A leaf of the state mirrors a parameter if its path ends with the parameter's and
@@ -232,7 +232,8 @@ def shard_state(state: PyTree, params: PyTree) -> PyTree:
             return _put(leaf, parameter.sharding)
         return _put(leaf, _everywhere(home, leaf))
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    placed: T = jax.tree_util.tree_map_with_path(place, state)
+    return placed
 
 
 def put_like(new: jax.Array, old: PyTree) -> jax.Array:

@@ -176,8 +176,7 @@ def optimize_loss(
     References:
         ``tf.contrib.layers.optimize_loss``, TensorFlow 1.15.
     """
-    given = locals()
-    chain = Chain.of("optimize_loss", given)
+    chain = Chain.of("optimize_loss", locals())
     return TrainOp(
         loss=loss,
         chain=chain,
@@ -272,5 +271,4 @@ def make_optimizer(
     See also:
         :func:`optimize_loss`, :func:`set_learning_rate`, :func:`get_summaries`.
     """
-    given = locals()
-    return Chain.of("make_optimizer", given).transform()
+    return Chain.of("make_optimizer", locals()).transform()

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax
 
 from optloss.extra import by_signature
-from optloss.fast.packing import is_elementwise
 from optloss.groups import Groups, Maker, Table
 from optloss.hyperparams import INJECTED, Factory, keeps_first_rate
 from optloss.knobs import SCHEDULE, check_scalar, is_schedule
@@ -178,11 +177,9 @@ def _rate_text(rates: LearningRate, decay_fn: DecayFn | None) -> str:
         text = "{" + ", ".join(f"{key!r}: {rate}" for key, rate in pairs) + "}"
     else:
         text = "its own rate" if rates is None else short_repr(rates)
-    return (
-        text
-        if decay_fn is None
-        else f"{text} decayed by {short_repr(decay_fn, 2 * MOST_SHOWN)}"
-    )
+    if decay_fn is not None:
+        text += f" decayed by {short_repr(decay_fn, 2 * MOST_SHOWN)}"
+    return text
 
 
 def _warn_of_own_rates(call: str, optimizer: object) -> None:
@@ -200,15 +197,25 @@ def _maker(
 ) -> Maker:
     if is_transformation(optimizer):
         return Maker(name_of(optimizer), None, lambda: optimizer, governs=True)
+    if isinstance(optimizer, str):
+        return _named_maker(call, optimizer)
     own = None
     if any(rate is None for rate in values_of(rates)) and _brings_its_own(optimizer):
         own = functools.partial(_made_without_rate, call, optimizer)
         made = name_of(own())
         if rates is None or not _takes(optimizer, 1):
             return Maker(made, None, own)
-    factory, text = _factory(call, argument, optimizer)
+    if not _takes(optimizer, 1):
+        raise _no_optimizer(call, argument, optimizer)
+    _probe_factory(call, optimizer)
+    return Maker(short_repr(optimizer), optimizer, own)
+
+
+@functools.cache  # it remembers whether it can be packed
+def _named_maker(call: str, name: str) -> Maker:
+    factory = get_factory(call, name)
     _probe_factory(call, factory)
-    return Maker(text, factory, own)
+    return Maker(title(name), factory, None)
 
 
 def _made_without_rate(
@@ -217,13 +224,7 @@ def _made_without_rate(
     return check_transformation(call, optimizer())
 
 
-def _factory(
-    call: str, argument: str, optimizer: OneOptimizer
-) -> tuple[Callable[..., optax.GradientTransformation], str]:
-    if isinstance(optimizer, str):
-        return get_factory(call, optimizer), title(optimizer)
-    if _takes(optimizer, 1):
-        return optimizer, short_repr(optimizer)
+def _no_optimizer(call: str, argument: str, optimizer: object) -> ValueError:
     problem = (
         "must be a name, a function of the learning rate, a class or an optax "
         "transformation."
@@ -235,7 +236,7 @@ def _factory(
             "a function must take the learning rate alone. Bind the rest with a "
             "lambda, or give learning_rate=None for a function without arguments."
         )
-    raise argument_error(call, argument, optimizer, problem)
+    return argument_error(call, argument, optimizer, problem)
 
 
 def _probe_factory(call: str, factory: Factory) -> None:
@@ -278,13 +279,8 @@ def check_pack_size(call: str, given: Given) -> None:
     check_int(call, "pack_small_leaves", size, 0, cure)
     if not size:
         return
-    own = any(rate is None for rate in values_of(given["learning_rate"]))
     for one in values_of(optimizer):
-        # The caller's rate may be traced, and the answer is the same at this one.
-        rate = None if own and _brings_its_own(one) else 0.1
-        named = isinstance(one, str)
-        can_be_packed = _named_can_be_packed if named else _can_be_packed
-        if can_be_packed(call, rate, one):
+        if _maker(call, "optimizer", one, given["learning_rate"]).is_elementwise:
             return
     what = f"the optimizer {short_repr(optimizer)} looks"
     if isinstance(optimizer, Mapping):
@@ -294,16 +290,3 @@ def check_pack_size(call: str, given: Given) -> None:
         "would train differently. Leave it at 0."
     )
     raise argument_error(call, "pack_small_leaves", size, cure)
-
-
-def _can_be_packed(call: str, rate: float | None, optimizer: OneOptimizer) -> bool:
-    given = {
-        "learning_rate": rate,
-        "optimizer": optimizer,
-        "learning_rate_decay_fn": None,
-    }
-    return is_elementwise(optimizer_stage(call, given).transform)
-
-
-# Trying it out takes a second, and a name always means the same.
-_named_can_be_packed = functools.cache(_can_be_packed)

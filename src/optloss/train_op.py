@@ -18,19 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from optloss.adopt import adopt_state
-from optloss.arguments import as_arrays
-from optloss.averages import (
-    AverageState,
-    averaged,
-    start_average,
-    update_average,
-)
+from optloss.averages import AverageState, averaged, start_average, update_average
 from optloss.chain import Chain
 from optloss.compiled import CompiledStep
-from optloss.describe import describe, one_line
+from optloss.describe import describe
 from optloss.donation import clear_if_deleted
 from optloss.evaluation import evaluation_params
-from optloss.fast.handover import Stacked
 from optloss.gradients import ValueAndGrad
 from optloss.loss import Outcome, run_projection, run_update_ops
 from optloss.mesh import shard_like, shard_state
@@ -125,7 +118,9 @@ class TrainOp:
 
     def __repr__(self) -> str:
         """Return the pipeline in order, on one line."""
-        return one_line(self.chain, self.name, self._gradient_text, self._last_texts)
+        texts = [self._gradient_text, *self.chain.start.texts, *self._last_texts]
+        line = " -> ".join(texts) + self.chain.start.skips
+        return f"{self.name}: {line}" if self.name else line
 
     @property
     def _gradient_text(self) -> str:
@@ -138,15 +133,14 @@ class TrainOp:
 
     @property
     def _last_texts(self) -> list[str]:
-        counts = self.global_step is not None and self.increment_global_step
-        texts = {
-            short_repr(self.projection): self.projection is not None,
-            f"moving_average({short_repr(self.moving_average)})": (
-                self.moving_average is not None
-            ),
-            "step + 1": counts,
-        }
-        return [text for text, is_there in texts.items() if is_there]
+        texts = []
+        if self.projection is not None:
+            texts.append(short_repr(self.projection))
+        if self.moving_average is not None:
+            texts.append(f"moving_average({short_repr(self.moving_average)})")
+        if self.global_step is not None and self.increment_global_step:
+            texts.append("step + 1")
+        return texts
 
     def describe(self, params: Any) -> str:
         """Return the pipeline, and a table of what applies to which parameter.
@@ -199,25 +193,20 @@ class TrainOp:
                 "update_ops need a model_state to work on. Pass it: "
                 "init(params, model_state)."
             )
-        params = as_arrays(self.chain.start.call, params)
         opt_state = self.chain.start.init(params)
-        if not any(self.chain.start.selected(params)):
-            raise ValueError(
-                f"train_op.init(params={short_repr(params)}): it holds no floating "
-                "array, so "
-                "there is nothing to train."
-            )
         params, model_state = jax.tree.map(own_copy, (params, model_state))
+        selected = self.chain.start.selected(params)
+        if not any(selected):
+            problem = "it holds no floating array, so there is nothing to train."
+            raise argument_error("train_op.init", "params", params, problem)
         step = None
         if self.global_step is not None:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
         average = None
         if self.moving_average is not None:
-            selected = self.chain.start.selected(params)
             average = start_average(select_leaves(params, selected))
         state = TrainOpState(step, params, model_state, opt_state, average)
-        placed: TrainOpState = shard_state(state, params)
-        return placed
+        return shard_state(state, params)
 
     def adopt(self, old_state: Any, params: Any = None) -> TrainOpState:
         """Return a state of this op that goes on from the state of another op.
@@ -260,9 +249,10 @@ class TrainOp:
         See also:
             :func:`carry_over`, for the state of a chain.
         """
-        state = adopt_state("train_op.adopt", self.init, old_state, params)
-        placed: TrainOpState = shard_state(state, state.params)
-        return placed
+        state: TrainOpState = adopt_state(
+            "train_op.adopt", self.init, old_state, params
+        )
+        return shard_state(state, state.params)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainOp:
         """Return the op itself: it never changes."""
@@ -273,22 +263,20 @@ class TrainOp:
 
         Arrays of ``state`` may also be among the arguments: they are copied before.
         """
-        _check_state("train_op", state)
-        state = _with_step_as_array(state)
+        state = _checked("train_op", state)
         with clear_if_deleted("train_op(state)", state):
-            new_state, loss, aux, found = self._compiled(state, *args, **kwargs)
-            return new_state, StepOutput(loss, aux, found.summaries())
+            step: Step = self._compiled(state, *args, **kwargs)
+            return step
 
     @functools.cached_property
     def _compiled(self) -> CompiledStep:
-        return CompiledStep(self._handed_over, self.donate)
+        return CompiledStep(self._in_scope, self.donate)
 
-    def _handed_over(
+    def _in_scope(
         self, shardings: Any, state: TrainOpState, /, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> Step:
         with jax.named_scope(self.name or "OptimizeLoss"):
-            new_state, output = self._step(state, args, kwargs, shardings)
-        return new_state, output.loss, output.aux, Stacked(output.summaries)
+            return self._step(state, args, kwargs, shardings)
 
     def update(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, pure and not compiled: for ``lax.scan`` or a ``jit`` of yours.
@@ -305,13 +293,9 @@ class TrainOp:
             ValueError: If ``state`` is no state, or the loss returns something else
                 than the contract of :func:`optimize_loss` says.
         """
-        _check_state("train_op", state)
-        state = _with_step_as_array(state)
-        with (
-            clear_if_deleted("train_op.update(state)", state),
-            jax.named_scope(self.name or "OptimizeLoss"),
-        ):
-            return self._step(state, args, kwargs)
+        state = _checked("train_op", state)
+        with clear_if_deleted("train_op.update(state)", state):
+            return self._in_scope(None, state, *args, **kwargs)
 
     def apply_gradients(
         self,
@@ -360,13 +344,12 @@ class TrainOp:
             [0.8 1.6]
         """
         call = "train_op.apply_gradients"
-        _check_state(call, state)
-        state = _with_step_as_array(state)
+        state = _checked(call, state)
         with clear_if_deleted(f"{call}(state)", state):
-            new_state, loss, aux, found = self._compiled_application(
+            step: Step = self._compiled_application(
                 state, only_arrays(gradients), loss, aux, model_state
             )
-            return new_state, StepOutput(loss, aux, found.summaries())
+            return step
 
     @functools.cached_property
     def _compiled_application(self) -> CompiledStep:
@@ -380,22 +363,17 @@ class TrainOp:
         loss: Any,
         aux: Any,
         model_state: Any,
-    ) -> Any:
+    ) -> Step:
         selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
         self._check_whose("train_op.apply_gradients(state)", state, trained)
         gradients = conjugate(given_gradients(gradients, trained))
-        if self.colocate_gradients_with_ops:
-            wanted = shardings and select_leaves(shardings.params, selected)
-            gradients = shard_like(gradients, trained, wanted)
         outcome = given_outcome(loss, aux, model_state, state.model_state)
-        extra = {} if outcome.loss is None else {"value": outcome.loss}
         with jax.named_scope(self.name or "OptimizeLoss"):
             try:
-                new_state, output = self._advance(state, outcome, gradients, extra)
+                return self._advance(state, outcome, gradients, shardings)
             except TypeError as error:
                 raise missing_argument(error) from error
-        return new_state, output.loss, output.aux, Stacked(output.summaries)
 
     def averaged(self, state: TrainOpState) -> Any:
         """Return the parameters with the moving average of those that are trained.
@@ -421,7 +399,7 @@ class TrainOp:
             >>> print(state.params, train_op.averaged(state).round(3))
             0.0 0.1
         """
-        _check_state("train_op.averaged", state)
+        _checked("train_op.averaged", state)
         if state.average is None:
             raise ValueError(
                 "train_op.averaged(state): the state holds no average. Make the op "
@@ -460,7 +438,7 @@ class TrainOp:
             Defazio et al., *The Road Less Scheduled*, 2024, arXiv:2405.15682.
         """
         call = "train_op.evaluation_params"
-        _check_state(call, state)
+        _checked(call, state)
         selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
         layout, size = self.chain.start.layout(trained), self.chain.start.pack_size
@@ -470,7 +448,7 @@ class TrainOp:
             return jax.tree.map(own_copy, params)
 
     def _step(
-        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
+        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any
     ) -> Step:
         objective = Objective(
             loss=self.loss,
@@ -489,24 +467,28 @@ class TrainOp:
         gradients = shared_gradient(
             gradients, self.chain.axis_name, self.replica_axis_name
         )
-        if self.colocate_gradients_with_ops:
-            wanted = shardings and select_leaves(shardings.params, objective.selected)
-            gradients = shard_like(gradients, trained, wanted)
-        extra = {"value": outcome.loss, "value_fn": objective.value_fn}
-        return self._advance(state, outcome, gradients, extra)
+        return self._advance(
+            state, outcome, gradients, shardings, value_fn=objective.value_fn
+        )
 
     def _advance(
         self,
         state: TrainOpState,
         outcome: Outcome,
         gradients: PyTree,
-        extra: dict[str, Any],
+        shardings: Any,
+        **extra: Any,
     ) -> Step:
         """Return the state after an update by these ``gradients``."""
         selected = self.chain.start.selected(state.params)
         trained = select_leaves(state.params, selected)
+        if self.colocate_gradients_with_ops:
+            wanted = shardings and select_leaves(shardings.params, selected)
+            gradients = shard_like(gradients, trained, wanted)
         # As JAX gives it, which is what the line searches compute with.
-        extra = {**extra, "grad": conjugate(gradients)}
+        extra["grad"] = conjugate(gradients)
+        if outcome.loss is not None:
+            extra["value"] = outcome.loss
         if state.step is not None:
             extra["step"] = state.step
         shaped, before = self.chain.before(gradients, state.opt_state, trained, extra)
@@ -572,7 +554,8 @@ class TrainOp:
         self.chain.start.check(call, state.opt_state, trained, ADOPT)
 
 
-def _check_state(call: str, state: Any) -> None:
+def _checked(call: str, state: Any) -> TrainOpState:
+    """Return ``state`` with an array as its step, if it is a state at all."""
     if not isinstance(state, TrainOpState):
         pair = isinstance(state, tuple) and isinstance((*state, None)[0], TrainOpState)
         advice = "Make one with state = train_op.init(params)."
@@ -582,9 +565,6 @@ def _check_state(call: str, state: Any) -> None:
             advice = "It stands first: state, output = train_op(state, ...)."
         problem = f"the first argument must be a TrainOpState. {advice}"
         raise argument_error(call, "state", state, problem)
-
-
-def _with_step_as_array(state: TrainOpState) -> TrainOpState:
     # A restored step may be an int, whose weak type would be compiled for by itself.
     if not isinstance(state.step, int):
         return state

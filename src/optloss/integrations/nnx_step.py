@@ -38,7 +38,7 @@ class PureTrainOp(TrainOp):
     structure: Any = dataclasses.field(kw_only=True)
 
     def _step(
-        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any = None
+        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any
     ) -> Step:
         if args and isinstance(args[0], Given):
             given, *args = args
