@@ -8,12 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from optloss import (
-    clip_by_function,
-    clip_by_global_norm,
-    get_summaries,
-    global_norm,
-)
+from optloss import clip_by_function, clip_by_global_norm, get_summaries, global_norm
 
 
 def clip(grads, max_norm=1.0):

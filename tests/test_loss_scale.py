@@ -7,12 +7,7 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 
 import optloss
-from optloss.loss_scale import (
-    as_loss_scale,
-    dynamic_loss_scale,
-    scale_loss,
-    unscale,
-)
+from optloss.loss_scale import as_loss_scale, dynamic_loss_scale, scale_loss, unscale
 
 
 def run(loss_scale, outcomes):

@@ -25,11 +25,7 @@ from optloss.fast.packing import (
 from optloss.messages import listing, quoted, refusal, short_repr
 from optloss.names import first_match, leaf_names, text_of
 from optloss.plateau import OwnRateState
-from optloss.transforms.learning_rate import (
-    check_transformation,
-    in_float32,
-    with_rate,
-)
+from optloss.transforms.learning_rate import check_transformation, in_float32, with_rate
 from optloss.trees import select_leaves
 from optloss.typing import DecayFn, OneRate, Pattern, PyTree
 

@@ -22,13 +22,7 @@ from typing import TypeGuard, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer  # not in jax.typing or jax itself up to 0.12
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-)
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from optloss.typing import AxisName, PyTree

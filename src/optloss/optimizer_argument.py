@@ -33,10 +33,7 @@ from optloss.messages import (
 from optloss.names import is_pattern, text_of
 from optloss.optimizers.registry import get_factory, title
 from optloss.stages import Stage
-from optloss.transforms.learning_rate import (
-    check_transformation,
-    inject_learning_rate,
-)
+from optloss.transforms.learning_rate import check_transformation, inject_learning_rate
 from optloss.trees import is_transformation
 from optloss.typing import DecayFn, LearningRate, OneOptimizer, OneRate
 

@@ -34,12 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optloss.messages import (
-    check_axis_name,
-    check_below_one,
-    check_number,
-    check_whole,
-)
+from optloss.messages import check_axis_name, check_below_one, check_number, check_whole
 from optloss.norms import global_norm, leaf_norms, shrink_factor
 from optloss.summaries import clip_measurements
 from optloss.trees import (

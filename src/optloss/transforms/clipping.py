@@ -20,13 +20,7 @@ from optloss.messages import (
 )
 from optloss.norms import global_norm, shrink_factor
 from optloss.summaries import clip_measurements
-from optloss.trees import (
-    increment,
-    is_inexact,
-    merge_inexact,
-    norm_dtype,
-    scale_leaves,
-)
+from optloss.trees import increment, is_inexact, merge_inexact, norm_dtype, scale_leaves
 from optloss.typing import AxisName, Pairs, PyTree, Scalar, Schedule
 
 

@@ -12,13 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.knobs import check_knob, is_schedule, value_at
-from optloss.messages import (
-    argument_error,
-    check_int,
-    check_number,
-    is_number,
-    quoted,
-)
+from optloss.messages import argument_error, check_int, check_number, is_number, quoted
 from optloss.names import first_match, is_pattern, leaf_names
 from optloss.trees import increment, is_inexact, scale_leaves
 from optloss.typing import Multipliers, PyTree, Scalar
