@@ -17,8 +17,11 @@ from optloss.histograms import Histogram, histogram
 from optloss.mesh import vary_over, varying
 from optloss.typing import PyTree
 
-INTEGERS, LIMITS, COUNTS = (2, 5), 6, 7
+FLOATS, INTEGERS = (0, 1, 3, 4), (2, 5)
 """Places of a histogram's parts in the order of its arguments."""
+LIMITS, COUNTS = 6, 7
+COLUMNS = {place: column for column, place in enumerate((*FLOATS, *INTEGERS))}
+
 
 Tags = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
@@ -95,20 +98,17 @@ class _Row(Sequence[jax.Array | None]):
         # It may be looked at where 64 bits, with which it was made, are off again.
         with jax.enable_x64(bytes_each == 8 or jax.config.jax_enable_x64):
             if place == COUNTS:
-                return self._stack[self._row, LIMITS:].astype(np.int32)
-            part = self._stack[self._row, place]
+                return self._stack[self._row, len(COLUMNS) :].astype(np.int32)
+            part = self._stack[self._row, COLUMNS[place]]
             if place in INTEGERS:
                 return part.astype(np.int32)
             return jax.lax.bitcast_convert_type(part, f"float{8 * bytes_each}")
 
 
 def _pack(histogram: Histogram) -> jax.Array:
-    parts = histogram.tree_flatten()[0]
+    parts = tuple(histogram.tree_flatten()[0])
     word = np.dtype(f"i{parts[0].dtype.itemsize}")
-    scalars = [
-        part.astype(word)
-        if place in INTEGERS
-        else jax.lax.bitcast_convert_type(part, word)
-        for place, part in enumerate(parts[:LIMITS])
-    ]
-    return jnp.concatenate([jnp.stack(scalars), parts[COUNTS].astype(word)])
+    floats = jnp.stack([parts[place] for place in FLOATS])
+    integers = jnp.stack([parts[place].astype(word) for place in INTEGERS])
+    bits = jax.lax.bitcast_convert_type(floats, word)
+    return jnp.concatenate([bits, integers, parts[COUNTS].astype(word)])
