@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optloss.typing import PyTree, Scalar
+from optloss.typing import Pairs, PyTree, Scalar
 
 
 def is_inexact(leaf: object) -> TypeGuard[jax.Array]:
@@ -168,6 +168,13 @@ def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
 def inexact_only(tree: PyTree) -> PyTree:
     """Return ``tree`` with ``optax.MaskedNode()`` in place of what is not inexact."""
     return select_leaves(tree, [is_inexact(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def with_variables(updates: PyTree, params: PyTree) -> Pairs:
+    """Return the inexact leaves of ``updates``, each with its parameter."""
+    variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))
+    pairs = zip(jax.tree.leaves(updates), variables, strict=True)
+    return [(gradient, v) for gradient, v in pairs if is_inexact(gradient)]
 
 
 def merge_inexact(new: PyTree, tree: PyTree) -> PyTree:

@@ -33,17 +33,17 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import Axes, axes_of, varying_axes
-from optloss.messages import check_axis_name, check_number, check_positive
+from optloss.messages import check_axis_name, check_number, check_positive, refusal
 from optloss.names import as_patterns, first_match, inexact_names, leaf_names
 from optloss.norms import global_norm, shrink_factor
 from optloss.summaries import clip_measurements
-from optloss.transforms.clipping import with_variables
 from optloss.trees import (
     accumulator_dtype,
     increment,
     merge_inexact,
     norm_dtype,
     scale_leaves,
+    with_variables,
 )
 from optloss.typing import AxisName, Pattern, PyTree, Scalar
 
@@ -171,8 +171,13 @@ def agc(
         **extra: PyTree,
     ) -> tuple[PyTree, PyTree]:
         del extra
-        reason = "the gradient is compared with the parameters"
-        pairs = with_variables("agc", reason, updates, params)
+        if params is None:
+            raise refusal(
+                "agc",
+                "the gradient is compared with the parameters, so "
+                "update(updates, state, params) needs params.",
+            )
+        pairs = with_variables(updates, params)
         axes, dtype = axes_of(axis_name), state.norm.dtype
         rules = first_match("agc", patterns, inexact_names(updates), check=False)
         leaves = [leaf for leaf, _ in pairs]

@@ -20,7 +20,14 @@ from optloss.messages import (
 )
 from optloss.norms import global_norm, shrink_factor
 from optloss.summaries import clip_measurements
-from optloss.trees import increment, is_inexact, merge_inexact, norm_dtype, scale_leaves
+from optloss.trees import (
+    increment,
+    is_inexact,
+    merge_inexact,
+    norm_dtype,
+    scale_leaves,
+    with_variables,
+)
 from optloss.typing import AxisName, Pairs, PyTree, Scalar, Schedule
 
 
@@ -184,8 +191,13 @@ def clip_by_function(
         **extra: object,
     ) -> tuple[PyTree, PyTree]:
         del extra
-        reason = "the function is given (gradient, variable) pairs"
-        pairs = with_variables("clip_by_function", reason, updates, params)
+        if params is None:
+            raise refusal(
+                "clip_by_function",
+                "the function is given (gradient, variable) pairs, so "
+                "update(updates, state, params) needs params.",
+            )
+        pairs = with_variables(updates, params)
         gradients = _gradients(fn, fn(list(pairs)), len(pairs))
         clipped = [
             _like(fn, gradient, before)
@@ -194,16 +206,6 @@ def clip_by_function(
         return merge_inexact(clipped, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-def with_variables(call: str, reason: str, updates: PyTree, params: PyTree) -> Pairs:
-    """Return each inexact gradient with its parameter, which ``call`` needs."""
-    if params is None:
-        problem = f"{reason}, so update(updates, state, params) needs params."
-        raise refusal(call, problem)
-    variables = jax.tree.leaves(jax.tree.map(lambda _, v: v, updates, params))
-    pairs = zip(jax.tree.leaves(updates), variables, strict=True)
-    return [(gradient, v) for gradient, v in pairs if is_inexact(gradient)]
 
 
 def _gradients(fn: object, result: object, length: int) -> list[PyTree]:
