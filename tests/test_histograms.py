@@ -284,7 +284,7 @@ def test_histograms_of_one_kind_come_back_in_one_array():
         }
 
     with jax.enable_x64(True):
-        stacked = jax.jit(lambda values: Stacked(seen(values)))(SPREAD)
+        stacked = jax.jit(lambda values: Stacked.of(seen(values)))(SPREAD)
         leaves, _ = jax.tree.flatten(stacked)
         assert sorted(leaf.dtype.name for leaf in leaves) == [
             *("float32", "int32", "int64")
@@ -295,7 +295,7 @@ def test_histograms_of_one_kind_come_back_in_one_array():
         for row, tag in enumerate(["h/a", "h/b"]):
             assert_equal(found[tag], oracle(SPREAD[row]))
         assert_equal(found["h/wide"], oracle(SPREAD[2], np.float64))
-        again = Stacked(found).summaries()
+        again = Stacked.of(found).summaries()
     assert jax.tree.all(jax.tree.map(np.array_equal, found, again))
 
 

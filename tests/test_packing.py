@@ -317,6 +317,25 @@ def test_a_state_is_packed_for_its_own_parameters(other):
             optloss.pack_state(given, OTHER[other][0], SIZE)
 
 
+def test_the_gradients_that_multi_steps_adds_up_are_not_packed():
+    params = {"a": jnp.ones(3), "b": jnp.ones(20)}
+    plain, packed = (
+        optax.MultiSteps(
+            optloss.make_optimizer(0.1, "adam", pack_small_leaves=size), 2
+        ).gradient_transformation()
+        for size in (0, 4)
+    )
+    state = optloss.pack_state(plain.init(params), params, 4)
+    assert jax.tree.structure(state) == jax.tree.structure(packed.init(params))
+    packed.update(params, state, params)
+
+
+@pytest.mark.parametrize("state", [optax.adam(0.1).init({"a": jnp.ones(3)}), {}, None])
+def test_a_state_of_another_optimizer_is_not_packed(state):
+    with pytest.raises(ValueError, match=r"^pack_state\(state=.*hold the state of a"):
+        optloss.pack_state(state, {"a": jnp.ones(3)}, 4)
+
+
 def test_what_a_wrong_size_is_told():
     params = {"a": jnp.ones(3), "b": jnp.ones(5)}
     state = optloss.make_optimizer(0.1, "adam", pack_small_leaves=4).init(params)

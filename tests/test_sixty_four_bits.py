@@ -96,7 +96,9 @@ def test_four_threads_count_with_and_without_at_once():
 def test_a_step_first_read_inside_a_jit_keeps_no_tracer(wide):
     array = values("float64" if wide else "float32", (8, 2))
     with jax.enable_x64(wide):
-        found = jax.jit(lambda x: Stacked({"h": histogram(x)}))(array).summaries()["h"]
+        found = jax.jit(lambda x: Stacked.of({"h": histogram(x)}))(array).summaries()[
+            "h"
+        ]
         seen = jax.jit(
             lambda: (found.num + 1, found.bucket_counts, found.bucket_limits)
         )

@@ -110,7 +110,7 @@ class ChainStart:
         """Return which leaves the optimizer's state has in which packed vector."""
         groups = self.stages.optimizer.groups
         if not self.pack_size:
-            return Layout({})
+            return {}
         if groups is not None:
             return groups.layout(trained, self.pack_size)
         return layout_of(trained, self.pack_size)

@@ -47,4 +47,4 @@ class CompiledStep:
         self, shardings: PyTree, state: PyTree, /, *args: PyTree, **kwargs: PyTree
     ) -> Any:
         new_state, output = self.step(shardings, state, *args, **kwargs)
-        return new_state, output._replace(summaries=Stacked(output.summaries))
+        return new_state, output._replace(summaries=Stacked.of(output.summaries))

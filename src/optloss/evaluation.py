@@ -7,12 +7,11 @@ r"""The parameters to evaluate with, where the optimizer has others than it trai
 """
 
 import jax
-import optax
 from optax.contrib import ScheduleFreeState
 
 from optloss.fast.packed_states import part_of
 from optloss.fast.packing import Layout, PackedTree, unpack
-from optloss.trees import is_inexact, to_float32
+from optloss.trees import is_inexact, is_masked, to_float32
 from optloss.typing import PyTree
 
 
@@ -38,11 +37,9 @@ def _is_schedule_free(node: PyTree) -> bool:
 
 def _average(trained: PyTree, z: PyTree, b1: jax.Array) -> PyTree:
     def average(y: PyTree, fast: PyTree) -> PyTree:
-        if isinstance(fast, optax.MaskedNode) or not is_inexact(y):
+        if is_masked(fast) or not is_inexact(y):
             return y
         wide, fast, beta = to_float32((y, fast, b1))
         return ((wide - (1 - beta) * fast) / beta).astype(y.dtype)
 
-    return jax.tree.map(
-        average, trained, z, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
-    )
+    return jax.tree.map(average, trained, z, is_leaf=is_masked)

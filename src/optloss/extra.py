@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import jax
 import optax
 
-from optloss.trees import is_inexact, select_leaves
+from optloss.trees import is_inexact, is_masked, select_leaves
 from optloss.typing import PyTree
 
 Update = Callable[..., tuple[PyTree, PyTree]]
@@ -65,13 +65,11 @@ def fill_masked(trained: PyTree, params: PyTree) -> PyTree:
     """
 
     def choose(leaf: PyTree, current: PyTree) -> PyTree:
-        if isinstance(leaf, optax.MaskedNode):
+        if is_masked(leaf):
             return current
         return leaf.astype(current.dtype) if is_inexact(leaf) else leaf
 
-    return jax.tree.map(
-        choose, trained, params, is_leaf=lambda n: isinstance(n, optax.MaskedNode)
-    )
+    return jax.tree.map(choose, trained, params, is_leaf=is_masked)
 
 
 def about_trained(

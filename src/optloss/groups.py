@@ -15,13 +15,7 @@ import jax
 import optax
 
 from optloss.extra import by_signature
-from optloss.fast.packing import (
-    Layout,
-    Slot,
-    is_elementwise,
-    layout_of,
-    pack_small_leaves,
-)
+from optloss.fast.packing import Layout, is_elementwise, layout_of, pack_small_leaves
 from optloss.messages import listing, quoted, refusal, short_repr
 from optloss.names import first_match, leaf_names, text_of
 from optloss.plateau import OwnRateState
@@ -140,12 +134,12 @@ class Groups:
     def layout(self, trained: PyTree, pack_size: int) -> Layout:
         """Return which of the ``trained`` leaves lie in which vector, by group."""
         groups = [self._group(*places) for places in self._places(leaf_names(trained))]
-        vectors: dict[str, list[Slot]] = {}
+        vectors: Layout = {}
         for group in dict.fromkeys(groups):
             if self.makers.values[group[0]].is_elementwise:
                 part = select_leaves(trained, [other == group for other in groups])
-                vectors |= layout_of(part, pack_size).vectors
-        return Layout(vectors)
+                vectors |= layout_of(part, pack_size)
+        return vectors
 
     def _group(self, i: int, j: int) -> tuple[int, int | None]:
         """Return what the parameters of one group have in common."""

@@ -169,18 +169,6 @@ class Histogram:
         return cls.of_parts(children)
 
 
-class _Tally(NamedTuple):
-    """What is counted of one leaf, on one device."""
-
-    min: jax.Array
-    max: jax.Array
-    num: jax.Array
-    sum: jax.Array
-    sum_squares: jax.Array
-    nonfinite: jax.Array
-    counts: jax.Array
-
-
 def histogram(tree: PyTree, *, axis_name: AxisName = None) -> Histogram:
     r"""Return the histogram of all floating and complex values of ``tree`` together.
 
@@ -217,22 +205,22 @@ def histogram(tree: PyTree, *, axis_name: AxisName = None) -> Histogram:
     dtype = norm_dtype(tree)
     count = functools.partial(_of_a_leaf, dtype=dtype)
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
-    parts: list[_Tally] = [reduce_over_mesh(count, leaf, axes) for leaf in leaves]
-    tally = functools.reduce(_merge, parts) if parts else _nothing(dtype)
-    return Histogram(*tally[:-1], None, tally.counts)
+    found: list[Histogram] = [reduce_over_mesh(count, leaf, axes) for leaf in leaves]
+    return functools.reduce(_merge, found) if found else _nothing(dtype)
 
 
-def _nothing(dtype: DType) -> _Tally:
+def _nothing(dtype: DType) -> Histogram:
     largest = float(jnp.finfo(dtype).max)
     nothing, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-    return _Tally(
+    return Histogram(
         min=jnp.asarray(largest, dtype),
         max=jnp.asarray(-largest, dtype),
         num=none,
         sum=nothing,
         sum_squares=nothing,
         nonfinite=none,
-        counts=jnp.zeros(len(bucket_limits(dtype)), jnp.int32),
+        bucket_limits=None,
+        bucket_counts=jnp.zeros(len(bucket_limits(dtype)), jnp.int32),
     )
 
 
@@ -288,34 +276,33 @@ def _bucket(values: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
-def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> _Tally:
+def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> Histogram:
     values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
     finite = jnp.isfinite(values)
     kept = jnp.where(finite, values, 0)
     start = _nothing(dtype)
     # One bucket more, for what is not finite: the counts then tell how many are.
-    buckets = len(start.counts)
+    buckets = len(start.bucket_counts)
     counts = jnp.zeros(buckets + 1, jnp.int32)
     places = jnp.where(finite, _bucket(values), buckets)
     counts = counts.at[places].add(1, mode=IN_BOUNDS)
-    here = _Tally(
+    here = Histogram(
         min=jnp.min(jnp.where(finite, values, start.min)),
         max=jnp.max(jnp.where(finite, values, start.max)),
         num=jnp.sum(counts[:buckets], dtype=jnp.int32),
         sum=jnp.sum(kept),
         sum_squares=jnp.sum(jnp.square(kept)),
         nonfinite=counts[buckets],
-        counts=counts[:buckets],
+        bucket_limits=None,
+        bucket_counts=counts[:buckets],
     )
     over = varying_axes(leaf, axes)
     if not over:
         return here
-    total: _Tally = jax.lax.psum(here, over)
-    return total._replace(
-        min=jax.lax.pmin(here.min, over), max=jax.lax.pmax(here.max, over)
-    )
+    _, _, *sums = jax.lax.psum(here.tree_flatten()[0], over)
+    return Histogram(jax.lax.pmin(here.min, over), jax.lax.pmax(here.max, over), *sums)
 
 
-def _merge(a: _Tally, b: _Tally) -> _Tally:
-    sums = _Tally(*(one + other for one, other in zip(a, b, strict=True)))
-    return sums._replace(min=jnp.minimum(a.min, b.min), max=jnp.maximum(a.max, b.max))
+def _merge(a: Histogram, b: Histogram) -> Histogram:
+    _, _, *sums = jax.tree.map(jnp.add, a, b).tree_flatten()[0]
+    return Histogram(jnp.minimum(a.min, b.min), jnp.maximum(a.max, b.max), *sums)

@@ -309,9 +309,7 @@ def kept_shardings(state: PyTree, params: PyTree) -> tuple[Sharding, ...] | None
     """
     # The first tells for all, which are on its mesh: this runs at each step.
     home = next((getattr(x, "sharding", None) for x in jax.tree.leaves(params)), None)
-    if not isinstance(home, NamedSharding):
-        return None
-    if AxisType.Auto not in home.mesh.axis_types:
+    if not isinstance(home, NamedSharding) or AxisType.Auto not in home.mesh.axis_types:
         return None
     return tuple(
         leaf.sharding if _is_committed(leaf) else _everywhere(home, leaf)

@@ -214,19 +214,13 @@ def check_number(
     if is_deleted(value):
         problem = "was deleted when it was donated to an earlier call."
         raise argument_error(call, argument, value, problem)
-    if is_real_scalar(value) and _is_accepted(accept, value):
-        return
-    real = is_real_scalar(value)
-    shown = value[()] if real and isinstance(value, np.ndarray) else value
+    shown = value
+    if is_real_scalar(value):
+        with contextlib.suppress(OverflowError):
+            if isinstance(value, jax.Array) or accept(float(value)):
+                return
+        shown = value if isinstance(value, (int, float)) else value[()]
     raise argument_error(call, argument, shown, f"must be {requirement}")
-
-
-def _is_accepted(accept: Callable[[float], bool], value: Scalar) -> bool:
-    if isinstance(value, jax.Array):
-        return True
-    with contextlib.suppress(OverflowError):
-        return accept(float(value))
-    return False
 
 
 def check_finite(call: str, **arguments: object) -> None:

@@ -172,31 +172,22 @@ def _unused_pattern(
 
 def check_variables(call: str, variables: Variables) -> Variables:
     """Return ``variables`` unless it is empty or nothing that can select parameters."""
-    if is_pattern_list(variables) and not variables:
-        raise argument_error(
-            call,
-            "variables",
-            variables,
-            "selects nothing to train. None trains every floating parameter.",
-        )
-    if not (
-        variables is None
-        or is_pattern(variables)
-        or is_pattern_list(variables)
-        or is_mask(variables)
-        or callable(variables)
-    ):
-        raise argument_error(
-            call,
-            "variables",
-            variables,
-            "must be names or patterns, a predicate (name, leaf) -> bool, or a tree of "
-            "bools like the parameters.",
-        )
-    if callable(variables) and not is_mask(variables):
+    if variables is None or is_pattern(variables) or is_mask(variables):
+        return variables
+    if callable(variables):
         wanted = "a predicate (name, leaf) -> bool"
         check_callable(call, "variables", variables, 2, wanted)
-    return variables
+        return variables
+    if not is_pattern_list(variables):
+        problem = (
+            "must be names or patterns, a predicate (name, leaf) -> bool, or a tree of "
+            "bools like the parameters."
+        )
+    elif not variables:
+        problem = "selects nothing to train. None trains every floating parameter."
+    else:
+        return variables
+    raise argument_error(call, "variables", variables, problem)
 
 
 def select(call: str, variables: Variables, params: PyTree) -> list[bool]:

@@ -16,7 +16,7 @@ import optax
 
 from optloss.messages import short_repr
 from optloss.stages import ChainState
-from optloss.trees import children
+from optloss.trees import children, is_masked
 from optloss.typing import PyTree
 
 ABSENT = object()
@@ -119,6 +119,6 @@ def _is_array(node: object) -> bool:
 def _in_words(node: PyTree) -> str:
     if node is ABSENT or node is None or isinstance(node, optax.EmptyState):
         return "none"
-    if isinstance(node, optax.MaskedNode):
+    if is_masked(node):
         return "not trained"
     return short_repr(node) if _is_array(node) else type(node).__name__

@@ -185,7 +185,7 @@ class Reader(NamedTuple):
         """Yield name and place of what lies in a packed tree."""
         vectors, large = children(packed)["vectors"], children(packed)["large"]
         for key, index in vectors.items():
-            slots = None if table is None else table.vectors.get(key)
+            slots = None if table is None else table.get(key)
             size = np.size(self.leaves[index])
             if slots is None or sum(slot.size for slot in slots) != size:
                 raise ValueError(

@@ -233,7 +233,7 @@ def _histograms(
     names, leaves = inexact_names(gradients), inexact_leaves(gradients)
 
     def counted() -> Stacked:
-        return Stacked(
+        return Stacked.of(
             {
                 f"{PARAMETER_GRADIENTS}/{name}": histogram(
                     leaf, axis_name=asked.axis_name

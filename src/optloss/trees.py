@@ -24,6 +24,11 @@ def is_inexact(leaf: object) -> TypeGuard[jax.Array]:
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
+def is_masked(node: object) -> bool:
+    """Tell whether ``node`` stands in place of a leaf that was taken out of a tree."""
+    return isinstance(node, optax.MaskedNode)
+
+
 def is_float8(leaf: object) -> bool:
     """Tell whether ``leaf`` is floating, and too coarse to add an update to."""
     return is_inexact(leaf) and jnp.finfo(leaf.dtype).bits < 16
@@ -100,20 +105,18 @@ def scale_leaves(tree: PyTree, factor: Scalar) -> PyTree:
 
     A factor of 1 returns them bit for bit.
     """
-    # A product would flush subnormal numbers to zero and quieten NaNs.
-    return map_inexact(
-        lambda leaf: jnp.where(factor == 1, leaf, _scale(leaf, factor)), tree
-    )
 
-
-def _scale(leaf: jax.Array, factor: Scalar) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    wide = leaf.astype(accumulator_dtype(leaf.dtype))
-    by = jnp.asarray(factor, real_dtype(wide.dtype))
-    if jnp.iscomplexobj(wide):
+    def scale(leaf: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        wide = leaf.astype(accumulator_dtype(leaf.dtype))
+        by = jnp.asarray(factor, real_dtype(wide.dtype))
         # Times a complex 1, an infinite part would make the other part NaN.
-        return jax.lax.complex(wide.real * by, wide.imag * by).astype(leaf.dtype)
-    return (wide * by).astype(leaf.dtype)
+        parts = jnp.iscomplexobj(wide)
+        scaled = jax.lax.complex(wide.real * by, wide.imag * by) if parts else wide * by
+        # A product would flush subnormal numbers to zero and quieten NaNs.
+        return jnp.where(factor == 1, leaf, scaled.astype(leaf.dtype))
+
+    return map_inexact(scale, tree)
 
 
 def select_leaves(tree: PyTree, selected: Sequence[bool]) -> PyTree:

@@ -25,6 +25,7 @@ CPU compiler shape what runs there:
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -35,13 +36,11 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from optloss.fast.normals import CUT, SIGN, Words, counters, normals, threefry
+from optloss.fast.normals import CUT, SIGN, counters, normals, threefry
 from optloss.fast.slices import slices
 from optloss.mesh import cond_on_mesh, explicit_sharding, is_whole
 from optloss.messages import is_array
 from optloss.trees import accumulator_dtype
-
-THREEFRY = "threefry2x32"
 
 SMALL = 2**14
 """Largest number of elements of a leaf that is drawn together with others."""
@@ -61,7 +60,7 @@ class Sampler(NamedTuple):
     @property
     def ours(self) -> bool:
         """Whether the draws are this library's own."""
-        return bool(self.impl == THREEFRY)
+        return bool(self.impl == "threefry2x32")
 
 
 def split_key(key: int | jax.Array) -> tuple[jax.Array, Hashable]:
@@ -86,23 +85,16 @@ def add_normals(
     distribution: str = "normal",
     shard_ids: Sequence[jax.Array | None] | None = None,
 ) -> Leaves:
-    """Add ``std`` times a standard normal draw to each leaf.
+    """Add ``std`` times a standard normal draw to each leaf, floating or complex.
 
-    Args:
-        leaves: Floating or complex arrays ``[*shape]``. Noise is added in float32 to
-            half precision; a complex draw has a mean square of 1, like JAX's.
-        std: A real scalar. Where it is 0 the leaves keep their bits.
-        key_data: The words of a key, from :func:`split_key`.
-        impl: Its implementation.
-        step: int32 ``[]``, >= 0: how many draws there were before.
-        names: The name of each leaf.
-        distribution: ``"normal"``, or ``"truncated_normal"``: redrawn beyond 2, with a
-            standard deviation of 0.8796.
-        shard_ids: For each leaf a uint32 scalar that enters its key, the index of a
-            shard, or ``None``. Leaves that share one should share the very array.
+    Noise is added in float32 to half precision; a complex draw has a mean square of 1,
+    like JAX's. A ``"truncated_normal"`` is redrawn beyond 2, with a standard deviation
+    of 0.8796. Where ``std`` is 0 the leaves keep their bits.
 
-    Returns:
-        The noisy leaves, of the same shapes and dtypes.
+    ``key_data`` and ``impl`` are those of :func:`split_key`; ``step``, int32 ``[]``, is
+    how many draws there were before. ``shard_ids`` has for each leaf a uint32 scalar
+    that enters its key, the index of a shard, or ``None``. Leaves that share one should
+    share the very array.
     """
     if not leaves:
         return []
@@ -205,19 +197,19 @@ def _add_together(
 ) -> Leaves:
     """Draw all leaves as the rows of one matrix, in a branch of its own."""
     sizes = [leaf.size for leaf in leaves]
-    starts = np.cumsum([0, *(-(-size // WIDTH) * WIDTH for size in sizes)])
+    counts = [-(-size // WIDTH) for size in sizes]
+    starts = [0, *itertools.accumulate(count * WIDTH for count in counts[:-1])]
     dtype = accumulator_dtype(leaves[0].dtype)
-
-    def draw() -> jax.Array:
-        return _draw_rows(sampler, keys, sizes, dtype)
 
     def zeros() -> jax.Array:
         # Of the keys' type, which tells over which mesh axes the draws vary.
         nothing = (keys[0, 0] & 0).astype(dtype)
-        return jnp.broadcast_to(nothing, (starts[-1] // WIDTH, WIDTH))
+        return jnp.broadcast_to(nothing, (sum(counts), WIDTH))
 
-    matrix: jax.Array = cond_on_mesh(enabled, draw, zeros)
-    pieces = slices(matrix.reshape(-1), starts[:-1].tolist(), sizes)
+    matrix: jax.Array = cond_on_mesh(
+        enabled, lambda: _draw_rows(sampler, keys, counts, dtype), zeros
+    )
+    pieces = slices(matrix.reshape(-1), starts, sizes)
     return [
         _plus(leaf, std, z.reshape(leaf.shape))
         for leaf, z in zip(leaves, pieces, strict=True)
@@ -260,9 +252,8 @@ def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:
         if not sampler.ours:
             return _draw_by_jax(sampler, key, leaf, dtype, part)
         high, low = counters(leaf)
-        return _normals(
-            (key[0], key[1]), _of_part(part, high, low), dtype, sampler.distribution
-        )
+        count = high | jnp.uint32(part * SIGN), low
+        return _normals((key[0], key[1]), count, dtype, sampler.distribution)
 
     return _both_parts(draw, accumulator_dtype(leaf.dtype))
 
@@ -277,19 +268,14 @@ def _both_parts(
     return lax.complex(draw(0, real), draw(1, real)) * math.sqrt(0.5)
 
 
-def _of_part(part: int, high: jax.Array, low: jax.Array) -> Words:
-    return high | jnp.uint32(part * SIGN), low
-
-
 # Leaves of one shape are traced once.
 _normals: Callable[..., jax.Array] = jax.jit(normals, static_argnums=(2, 3))
 
 
 def _draw_rows(
-    sampler: Sampler, keys: jax.Array, sizes: list[int], dtype: DTypeLike
+    sampler: Sampler, keys: jax.Array, counts: list[int], dtype: DTypeLike
 ) -> jax.Array:
-    """Return draws ``[rows, WIDTH]``; the rest of a leaf's last row means nothing."""
-    counts = [-(-size // WIDTH) for size in sizes]
+    """Return draws ``[rows, WIDTH]``, so many rows for each of the ``keys``."""
     owners = np.repeat(np.arange(len(counts)), counts)
     first = np.concatenate([np.arange(count) * WIDTH for count in counts])
     column = lax.broadcasted_iota(jnp.uint32, (len(owners), WIDTH), 1)
@@ -297,7 +283,7 @@ def _draw_rows(
     words = (keys[owners, 0][:, None], keys[owners, 1][:, None])
 
     def draw(part: int, dtype: DTypeLike) -> jax.Array:
-        count = _of_part(part, jnp.uint32(0), low)
+        count = jnp.uint32(part * SIGN), low
         return _normals(words, count, dtype, sampler.distribution)
 
     return _both_parts(draw, dtype)

@@ -6,6 +6,7 @@ as the rows of one array of integers for each dtype; outside each reads its part
 its row when it is looked at.
 """
 
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -22,29 +23,31 @@ FLOATS, INTEGERS = (0, 1, 3, 4), (2, 5)
 LIMITS, COUNTS = 6, 7
 COLUMNS = {place: column for column, place in enumerate((*FLOATS, *INTEGERS))}
 
+Rows = tuple[tuple[str, ...], ...]
 
-Tags = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
-
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stacked:
     """A dict of summaries whose histograms lie in one array for each dtype."""
 
-    def __init__(self, summaries: dict[str, PyTree]) -> None:
+    others: dict[str, PyTree]
+    stacks: list[jax.Array]
+    rows: Rows = dataclasses.field(metadata={"static": True})  # the tags of each stack
+
+    @classmethod
+    def of(cls, summaries: dict[str, PyTree]) -> "Stacked":
         """Stack the histograms of ``summaries``, which have TensorBoard's limits."""
         kinds: dict[Hashable, dict[str, jax.Array]] = {}
-        self.others: dict[str, PyTree] = {}
+        others: dict[str, PyTree] = {}
         for tag, value in summaries.items():
             if isinstance(value, Histogram):
                 row = _pack(value)
                 kinds.setdefault((row.dtype, varying(row)), {})[tag] = row
             else:
-                self.others[tag] = value
-        self.tags: tuple[str, ...] = tuple(sorted(summaries))  # as JAX has dicts
-        self.rows: tuple[tuple[str, ...], ...] = tuple(map(tuple, kinds.values()))
-        self.stacks: list[jax.Array] = [
-            jnp.stack([*kind.values()]) for kind in kinds.values()
-        ]
+                others[tag] = value
+        stacks = [jnp.stack([*kind.values()]) for kind in kinds.values()]
+        return cls(others, stacks, tuple(map(tuple, kinds.values())))
 
     def summaries(self) -> dict[str, PyTree]:
         """Return the dict."""
@@ -52,19 +55,7 @@ class Stacked:
         for tags, stack in zip(self.rows, self.stacks, strict=True):
             for row, tag in enumerate(tags):
                 found[tag] = Histogram.of_parts(_Row(stack, row))
-        return {tag: found[tag] for tag in self.tags}
-
-    def tree_flatten(self) -> tuple[PyTree, Tags]:
-        """Return what JAX handles in its place."""
-        return (self.others, self.stacks), (self.tags, self.rows)
-
-    @classmethod
-    def tree_unflatten(cls, aux: Tags, children: PyTree) -> "Stacked":
-        """Return what was flattened to ``children``."""
-        made = cls.__new__(cls)
-        made.others, made.stacks = children
-        made.tags, made.rows = aux
-        return made
+        return {tag: found[tag] for tag in sorted(found)}  # as JAX has dicts
 
 
 def empty_like(shapes: Stacked) -> Stacked:

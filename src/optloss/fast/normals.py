@@ -72,13 +72,9 @@ DENOMINATOR = (1.0, 11.6756296, 32.9692192, 20.470623, 1.1384635)
 
 
 def normals(key: Words, count: Words, dtype: DTypeLike, distribution: str) -> jax.Array:
-    """Return the draws that belong to the counters ``count`` under ``key``.
+    """Return the draws, float32 or float64, of the counters ``count`` under ``key``.
 
-    Args:
-        key: Two uint32 arrays that broadcast against the counters.
-        count: Two uint32 arrays.
-        dtype: float32 or float64.
-        distribution: ``"normal"`` or ``"truncated_normal"``.
+    Each of the two is a pair of uint32 arrays; they broadcast against each other.
     """
     words = threefry(key, count)
     if dtype == jnp.float64:

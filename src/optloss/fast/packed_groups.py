@@ -37,15 +37,7 @@ def pack_groups(
 
     def packed(key: str, state: PyTree) -> PyTree:
         group, part, layout = next(turn)
-        shapes = shapes_of(part)
-
-        def mirrors(tree: PyTree) -> bool:
-            return not group.stays and shapes_of(tree) == shapes
-
-        def pack_mirror(tree: PyTree) -> PyTree:
-            return pack(tree, layout) if mirrors(tree) else tree
-
-        return jax.tree.map(pack_mirror, state, is_leaf=mirrors)
+        return state if group.stays else pack_moments(state, part, layout)
 
     optimizer = _map_groups(packed, optimizer, unpacked)
     in_order = sorted(
@@ -53,12 +45,27 @@ def pack_groups(
         for i, group in enumerate(groups)
         if not group.stays and any(group.members)
     )
-    vectors = [layouts[i].vectors.items() for _, i in in_order]
-    return optimizer, Layout({key: slots for some in vectors for key, slots in some})
+    vectors = [layouts[i].items() for _, i in in_order]
+    return optimizer, {key: slots for some in vectors for key, slots in some}
 
 
-def shapes_of(tree: PyTree) -> tuple[Hashable, ...]:
-    """Return what the trees of moments of one tree of parameters have in common."""
+def pack_moments(state: PyTree, params: PyTree, layout: Layout) -> PyTree:
+    """Return ``state`` with every tree that mirrors ``params`` packed."""
+    mirrors = mirrors_of(params)
+    return jax.tree.map(
+        lambda node: pack(node, layout) if mirrors(node) else node,
+        state,
+        is_leaf=mirrors,
+    )
+
+
+def mirrors_of(params: PyTree) -> Callable[[PyTree], bool]:
+    """Return a function that tells whether a tree has the shapes of ``params``."""
+    shapes = _shapes_of(params)
+    return lambda node: _shapes_of(node) == shapes
+
+
+def _shapes_of(tree: PyTree) -> tuple[Hashable, ...]:
     leaves, structure = jax.tree.flatten(tree)
     return structure, *(is_inexact(leaf) and leaf.shape for leaf in leaves)
 
@@ -105,7 +112,7 @@ def _members(state: PyTree, trained: PyTree) -> list[bool]:
         return [name in found for name in names]
 
     def mirrors(node: PyTree) -> bool:
-        return shapes_of(node) == shapes_of(select_leaves(trained, members(node)))
+        return mirrors_of(select_leaves(trained, members(node)))(node)
 
     nodes = jax.tree.leaves(state, is_leaf=mirrors)
     parts = [members(node) for node in nodes if mirrors(node)]

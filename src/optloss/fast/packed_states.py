@@ -7,12 +7,12 @@ its neighbours, without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 
-from optloss.fast.packed_groups import pack_groups, shapes_of
+from optloss.fast.packed_groups import mirrors_of, pack_groups, pack_moments
 from optloss.fast.packing import (
     Layout,
     PackedTree,
@@ -71,7 +71,10 @@ def unpack_state(
                 # Groups may have left some leaves unpacked.
                 if not _names_and_shapes(tables[0]) <= _names_and_shapes(layout):
                     raise _packed_otherwise(size, layout)
-            return _map_inside(unpacked, node._replace(packed=None), _is_special)
+            inside = node._replace(packed=None)
+            return jax.tree.map(
+                unpacked, inside, is_leaf=lambda n: n is not inside and _is_special(n)
+            )
         if not isinstance(node, PackedTree):
             return node
         part, its = trained, layout
@@ -108,9 +111,9 @@ def pack_state(
         of them, packed. The ``params`` of a ``TrainOpState`` stay as they are.
 
     Raises:
-        ValueError: If ``size`` is no int >= 0, the state is packed already, it is the
-            state of other parameters, it has no group of such a key, or it has several
-            groups without moments, whose parameters it does not tell.
+        ValueError: If ``size`` is no int >= 0, the state is none of these, it is packed
+            already or of other parameters, it has no group of such a key, or it has
+            several groups without moments, whose parameters it does not tell.
 
     Example:
         >>> import jax, jax.numpy as jnp, optloss
@@ -128,37 +131,29 @@ def pack_state(
     trained, layout = _trained("pack_state", state, params, size, variables)
     keys = as_patterns("pack_state", "unpacked_groups", unpacked_groups)
     stays = list(map(text_of, keys))
-    if hasattr(state, "opt_state"):
-        opt_state = pack_state(
-            state.opt_state,
-            params,
-            size,
-            variables=variables,
-            unpacked_groups=stays,
-        )
-        return state._replace(opt_state=opt_state)
     if not size:
         return state
-    shapes = shapes_of(trained)
-
-    def mirrors(node: object) -> bool:
-        return shapes_of(node) == shapes
 
     def packed(node: PyTree) -> PyTree:
         if isinstance(node, PackedTree) or getattr(node, "packed", None) is not None:
             problem = "the state is packed already."
             raise argument_error("pack_state", "size", size, problem)
         if not _has_table(node):
-            return pack(node, layout) if mirrors(node) else node
+            return node
         grouped = pack_groups(node.optimizer, trained, size, stays)
         if grouped is not None:
             optimizer, lies = grouped
             return node._replace(optimizer=optimizer, packed=table_of(lies))
-        _check_mirrored(node.optimizer, mirrors, size)
-        inside = _map_inside(packed, node, mirrors)
-        return inside._replace(packed=table_of(layout))
+        _check_mirrored(node.optimizer, trained, size)
+        return pack_moments(node, trained, layout)._replace(packed=table_of(layout))
 
-    return jax.tree.map(packed, state, is_leaf=lambda n: _is_special(n) or mirrors(n))
+    of_op = hasattr(state, "opt_state")
+    chain = state.opt_state if of_op else state
+    if not any(map(_is_special, jax.tree.leaves(chain, is_leaf=_is_special))):
+        problem = "must be a TrainOpState, or hold the state of a make_optimizer."
+        raise argument_error("pack_state", "state", state, problem)
+    chain = jax.tree.map(packed, chain, is_leaf=_is_special)
+    return state._replace(opt_state=chain) if of_op else chain
 
 
 def part_of(
@@ -168,16 +163,10 @@ def part_of(
 
     It is all of it where there is one optimizer. A group has a part alone.
     """
-    slots = [slot for key in packed.vectors for slot in table.vectors.get(key, ())]
+    slots = [slot for key in packed.vectors for slot in table.get(key, ())]
     names = {slot.name for slot in slots} | set(leaf_names(packed.large))
     part = select_leaves(trained, [name in names for name in leaf_names(trained)])
     return part, layout_of(part, size)
-
-
-def _map_inside(
-    fn: Callable[[PyTree], PyTree], tree: PyTree, is_leaf: Callable[[PyTree], bool]
-) -> PyTree:
-    return jax.tree.map(fn, tree, is_leaf=lambda n: n is not tree and is_leaf(n))
 
 
 def _has_table(node: object) -> bool:
@@ -204,7 +193,7 @@ def _trained(
             "state.params.",
         )
     trained = select_leaves(params, select(call, variables, params))
-    return trained, layout_of(trained, size) if size else Layout({})
+    return trained, layout_of(trained, size) if size else {}
 
 
 def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
@@ -212,10 +201,9 @@ def _named(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     return list(zip(leaf_names(tree), shapes, strict=True))
 
 
-def _check_mirrored(
-    optimizer: PyTree, mirrors: Callable[[PyTree], bool], size: int
-) -> None:
+def _check_mirrored(optimizer: PyTree, trained: PyTree, size: int) -> None:
     """Refuse moments none of which has the shapes of the parameters."""
+    mirrors = mirrors_of(trained)
     nodes = jax.tree.leaves(optimizer, is_leaf=mirrors)
     if not any(map(mirrors, nodes)) and any(jnp.ndim(node) for node in nodes):
         raise argument_error(
@@ -228,11 +216,11 @@ def _check_mirrored(
 
 
 def _names_and_shapes(layout: Layout) -> set[tuple[str, tuple[int, ...]]]:
-    return {(slot.name, slot.shape) for slot in layout.slots}
+    return {(slot.name, slot.shape) for slots in layout.values() for slot in slots}
 
 
 def _packed_otherwise(size: int, layout: Layout) -> ValueError:
-    names = [slot.name for slot in layout.slots]
+    names = [slot.name for slots in layout.values() for slot in slots]
     return argument_error(
         "unpack_state",
         "size",

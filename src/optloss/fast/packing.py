@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,15 +61,8 @@ class Slot(NamedTuple):
         return math.prod(self.shape)
 
 
-class Layout(NamedTuple):
-    """Which leaves of a tree lie in which vector, in what order."""
-
-    vectors: dict[str, list[Slot]]
-
-    @property
-    def slots(self) -> list[Slot]:
-        """All packed leaves."""
-        return [slot for slots in self.vectors.values() for slot in slots]
+Layout: TypeAlias = dict[str, list[Slot]]
+"""Which leaves of a tree lie in which vector, in what order."""
 
 
 def pack_small_leaves(
@@ -109,7 +102,7 @@ def layout_of(tree: PyTree, size: int) -> Layout:
         if is_inexact(leaf) and leaf.size <= size:
             slot = Slot(place, name, tuple(leaf.shape))
             found.setdefault(jnp.dtype(leaf.dtype).name, []).append(slot)
-    return Layout({_key(dtype, slots): slots for dtype, slots in found.items()})
+    return {_key(dtype, slots): slots for dtype, slots in found.items()}
 
 
 def _key(dtype: str, slots: list[Slot]) -> str:
@@ -124,7 +117,7 @@ def table_of(layout: Layout) -> jax.Array:
     """
     rows = {
         key: [(slot.name, slot.shape) for slot in slots]
-        for key, slots in layout.vectors.items()
+        for key, slots in layout.items()
     }
     return jnp.asarray(np.frombuffer(json.dumps(rows).encode(), np.uint8))
 
@@ -134,12 +127,10 @@ def read_table(table: ArrayLike) -> Layout:
     words = np.asarray(table)
     words = words.reshape(-1, words.shape[-1])[0]  # under vmap, one like the other
     rows = json.loads(words.astype(np.uint8).tobytes())
-    return Layout(
-        {
-            key: [Slot(-1, name, tuple(shape)) for name, shape in slots]
-            for key, slots in rows.items()
-        }
-    )
+    return {
+        key: [Slot(-1, name, tuple(shape)) for name, shape in slots]
+        for key, slots in rows.items()
+    }
 
 
 def pack(tree: PyTree, layout: Layout) -> PyTree:
@@ -148,16 +139,16 @@ def pack(tree: PyTree, layout: Layout) -> PyTree:
     What holds nothing to pack is returned as it is, optax's placeholders for parameters
     among it.
     """
-    if not layout.vectors:
+    if not layout:
         return tree
     leaves = jax.tree.leaves(tree)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return jax.eval_shape(lambda tree: pack(tree, layout), tree)
     vectors = {
         key: _concatenate([jnp.ravel(leaves[slot.place]) for slot in slots])
-        for key, slots in layout.vectors.items()
+        for key, slots in layout.items()
     }
-    places = {slot.place for slot in layout.slots}
+    places = {slot.place for slots in layout.values() for slot in slots}
     kept = [i not in places for i in range(len(leaves))]
     return PackedTree(vectors, select_leaves(tree, kept))
 
@@ -172,11 +163,11 @@ def _concatenate(pieces: list[jax.Array]) -> jax.Array:
 
 def unpack(packed: PyTree, template: PyTree, layout: Layout) -> PyTree:
     """Return the tree that was packed, in the structure of ``template``."""
-    if not layout.vectors:
+    if not layout:
         return packed
     leaves, structure = jax.tree.flatten(template)
     small: dict[int, jax.Array] = {}
-    for key, slots in layout.vectors.items():
+    for key, slots in layout.items():
         vector = packed.vectors[key]
         sizes = [slot.size for slot in slots]
         starts = [0, *itertools.accumulate(sizes[:-1])]

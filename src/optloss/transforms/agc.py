@@ -40,6 +40,7 @@ from optloss.summaries import clip_measurements
 from optloss.trees import (
     accumulator_dtype,
     increment,
+    is_masked,
     merge_inexact,
     norm_dtype,
     scale_leaves,
@@ -144,7 +145,7 @@ def agc(
 
     def init(params: optax.Params) -> AGCState:
         # A pattern may match frozen parameters alone.
-        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=_is_masked))
+        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_masked))
         for pattern in patterns:
             first_match("agc, exclude", [pattern], names)
         dtype = norm_dtype(params)
@@ -221,7 +222,3 @@ def _unit_norms(leaf: jax.Array, axes: Axes) -> jax.Array:
         total = jax.lax.psum(total, sharded)
     # Not of zero, where the square root has no derivative.
     return jnp.where(usable, scale * jnp.sqrt(jnp.where(usable, total, 1)), largest)
-
-
-def _is_masked(node: PyTree) -> bool:
-    return isinstance(node, optax.MaskedNode)
