@@ -80,11 +80,11 @@ def carry(
     """
     old_leaves, old_tree = numbered(old)
     new_leaves, new_tree = numbered(new)
-    raw = not node_types([old_tree], containers)
-    typed = node_types([new_tree], containers)
-    kinds = {frozenset(kind._fields) for kind in typed} if raw else set()
+    kinds: set[frozenset[str]] = set()
+    if not node_types(old_tree) - containers:
+        kinds = {frozenset(kind._fields) for kind in node_types(new_tree) - containers}
     before, after = (
-        list(Reader(call, leaves, raw, kinds, containers).nodes(tree))
+        list(Reader(call, leaves, kinds, containers).nodes(tree))
         for leaves, tree in ((old_leaves, old_tree), (new_leaves, new_tree))
     )
     kept: dict[Place, Any] = {}
@@ -106,7 +106,7 @@ def adopt_state(call: str, init: Init, old: Any, params: PyTree) -> Any:
     fields = _state_fields(call, old)
     params = _adopted_params(fields["params"], params)
     fresh = init(params, fields.get("model_state"))
-    containers = node_types([params], set())
+    containers = node_types(params)
     opt_state, *_ = carry(call, fields["opt_state"], fresh.opt_state, containers)
     average, old_average = fresh.average, fields.get("average")
     if average is not None and old_average is not None:

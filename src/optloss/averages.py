@@ -59,8 +59,17 @@ def start_average(trained: PyTree) -> AverageState:
 def update_average(
     decay: Decay, state: AverageState, trained: PyTree, step: jax.Array | None
 ) -> AverageState:
-    """Return the average after an update to ``trained``, made at ``step``."""
-    share = _share_of_new(decay, state.step, step, norm_dtype(state.params))
+    """Return the average after an update to ``trained``, made at ``step``.
+
+    Without a step, a function is given the average's own.
+    """
+    if callable(decay):
+        at = state.step if step is None else step
+        share = jnp.asarray(1 - value_at("optimize_loss", "moving_average", decay, at))
+    else:
+        # 1 - (1 + t) / (10 + t), without the loss of digits.
+        t = state.step.astype(norm_dtype(state.params))
+        share = jnp.maximum(1 - decay, 9 / (10 + t))
 
     def follow(average: jax.Array, parameter: jax.Array) -> jax.Array:
         # The same as d a + (1 - d) p, but exact where nothing moves.
@@ -75,14 +84,3 @@ def update_average(
 def averaged(state: AverageState, params: PyTree) -> PyTree:
     """Return ``params`` with averages for what is trained: arrays of their own."""
     return jax.tree.map(own_copy, fill_masked(state.params, params))
-
-
-def _share_of_new(
-    decay: Decay, updates: jax.Array, step: jax.Array | None, dtype: Any
-) -> jax.Array:
-    """Return 1 - d; without a step, a function is given the average's own."""
-    if not callable(decay):
-        # 1 - (1 + t) / (10 + t), without the loss of digits.
-        return jnp.maximum(1 - decay, 9 / (10 + updates.astype(dtype)))
-    at = updates if step is None else step
-    return jnp.asarray(1 - value_at("optimize_loss", "moving_average", decay, at))

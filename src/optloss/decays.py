@@ -434,7 +434,10 @@ def piecewise_constant(
         )
         raise argument_error(call, "values", values, problem)
     dtype = jnp.result_type(jnp.float32, *(v.dtype for v in rates if is_array(v)))
-    bounds = jnp.asarray([_bound(limit, step.dtype) for limit in limits], step.dtype)
+    if _is_integer(step):  # no step gets beyond what its dtype holds
+        most = int(np.iinfo(step.dtype).max)
+        limits = [min(int(b), most) if is_number(b) else b for b in limits]
+    bounds = jnp.asarray(limits, step.dtype)
     interval = jnp.searchsorted(bounds, step, method="compare_all")
     return jnp.stack([jnp.asarray(rate, dtype) for rate in rates])[interval]
 
@@ -559,13 +562,6 @@ def _normal(key: int | jax.Array, step: jax.Array, dtype: DTypeLike) -> jax.Arra
 
     noise: jax.Array = jnp.vectorize(draw)(step.astype(jnp.uint32))
     return noise
-
-
-def _bound(limit: Scalar, dtype: DTypeLike) -> Scalar:
-    """Return ``limit`` cut to what ``dtype`` holds: no step gets beyond that."""
-    if is_number(limit) and jnp.issubdtype(dtype, jnp.integer):
-        return min(int(limit), int(np.iinfo(dtype).max))
-    return limit
 
 
 def _as(like: jax.Array, value: Scalar) -> jax.Array:

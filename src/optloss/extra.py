@@ -26,11 +26,7 @@ LINE_SEARCHES = ("scale_by_backtracking_linesearch.", "scale_by_zoom_linesearch.
 def by_signature(
     transform: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return ``transform`` with an ``update`` that takes any extra argument.
-
-    It is called with those that its own signature names, with all if that has
-    ``**kwargs``.
-    """
+    """Return ``transform`` with an ``update`` that takes any extra argument."""
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
@@ -43,9 +39,7 @@ def by_signature(
 
 
 def taken(update: Update, extra: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Return those of the ``extra`` arguments that ``update`` is to be given."""
-    if not extra:
-        return {}
+    """Return those of ``extra`` that ``update`` names, all if it has ``**kwargs``."""
     try:
         parameters = inspect.signature(update).parameters
     except (TypeError, ValueError):  # a callable that tells no signature

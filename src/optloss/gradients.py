@@ -28,10 +28,7 @@ from optloss.mesh import zeros_like
 from optloss.messages import argument_error, check_int, listing, short_repr
 from optloss.names import leaf_names
 from optloss.trees import accumulator_dtype, is_inexact, keep_dtypes
-from optloss.typing import Differentiate as Differentiate
-from optloss.typing import Differentiated as Differentiated
-from optloss.typing import Objective as Objective
-from optloss.typing import PyTree
+from optloss.typing import Differentiate, Differentiated, Objective, PyTree
 from optloss.typing import ValueAndGrad as ValueAndGrad
 
 
@@ -94,49 +91,49 @@ def accumulate_gradients(steps: int, *, in_axes: InAxes = 0) -> ValueAndGrad:
     call = "accumulate_gradients"
     check_int(call, "steps", steps, 1, "an int >= 1, the number of slices.")
     check_in_axes(call, in_axes)
-    return AccumulatedGradient(steps, in_axes)
+    gradient = functools.partial(_accumulated, steps, in_axes)
+    return BySlices(f"accumulate_gradients({steps})", gradient)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class AccumulatedGradient:
-    """What :func:`accumulate_gradients` returns."""
+class BySlices:
+    """A function like ``jax.value_and_grad`` that looks at slices of the batch."""
 
-    steps: int
-    in_axes: InAxes
+    text: str  # the call that made it, without what changes no number
+    gradient: Callable[..., Differentiated]
 
     def __repr__(self) -> str:
-        """Return the call without the axes."""
-        return f"accumulate_gradients({self.steps})"
+        """Return the call that made it."""
+        return self.text
 
     def __call__(
         self, objective: Objective, /, *, has_aux: Literal[True] = True
     ) -> Differentiate:
         """Return a function that returns the objective's results and its gradient."""
-        return functools.partial(
-            self._in_slices, jax.value_and_grad(objective, has_aux=has_aux)
-        )
+        differentiate = jax.value_and_grad(objective, has_aux=has_aux)
+        return functools.partial(self.gradient, differentiate)
 
-    def _in_slices(
-        self,
-        differentiate: Differentiate,
-        params: PyTree,
-        /,
-        *args: Any,
-        model_state: PyTree = None,
-        **kwargs: Any,
-    ) -> Differentiated:
-        batch = take_apart("accumulate_gradients", self.in_axes, (args, kwargs))
-        check_divides("accumulate_gradients", "steps", self.steps, batch)
-        stacks = [leaf.stack(self.steps, keys=self.steps) for leaf in batch.leaves]
 
-        def one_slice(i: jax.Array, model_state: PyTree) -> Differentiated:
-            values = [
-                leaf.pick(i)[0] if leaf.is_key else leaf.pick(i) for leaf in stacks
-            ]
-            args, kwargs = jax.tree.unflatten(batch.structure, values)
-            return differentiate(params, *args, model_state=model_state, **kwargs)
+def _accumulated(
+    steps: int,
+    in_axes: InAxes,
+    differentiate: Differentiate,
+    params: PyTree,
+    /,
+    *args: Any,
+    model_state: PyTree = None,
+    **kwargs: Any,
+) -> Differentiated:
+    batch = take_apart("accumulate_gradients", in_axes, (args, kwargs))
+    check_divides("accumulate_gradients", "steps", steps, batch)
+    stacks = [leaf.stack(steps, keys=steps) for leaf in batch.leaves]
 
-        return mean_of_slices(one_slice, self.steps, params, model_state)
+    def one_slice(i: jax.Array, model_state: PyTree) -> Differentiated:
+        values = [leaf.pick(i)[0] if leaf.is_key else leaf.pick(i) for leaf in stacks]
+        args, kwargs = jax.tree.unflatten(batch.structure, values)
+        return differentiate(params, *args, model_state=model_state, **kwargs)
+
+    return mean_of_slices(one_slice, steps, params, model_state)
 
 
 def mean_of_slices(
@@ -163,16 +160,10 @@ def mean_of_slices(
 def check_result(
     value_and_grad: ValueAndGrad, result: Any, params: PyTree, model_state: PyTree
 ) -> Differentiated:
-    """Return the ``result`` of a caller's own ``value_and_grad``, if it fits.
-
-    ``params`` and ``model_state`` are those that it was given.
-    """
-
-    def refuse(problem: str) -> ValueError:
-        return argument_error(
-            "optimize_loss", "value_and_grad", value_and_grad, problem
-        )
-
+    """Return the ``result`` of a caller's own ``value_and_grad``, if it fits."""
+    refuse = functools.partial(
+        argument_error, "optimize_loss", "value_and_grad", value_and_grad
+    )
     if not (_is_pair(result) and _is_pair(result[0]) and _is_pair(result[0][1])):
         raise refuse(
             f"returned {short_repr(result)}, not ((loss, (model_state, aux)), "
@@ -217,10 +208,7 @@ def _misfit(gradients: PyTree, params: PyTree) -> str | None:
 
 
 def check_keywords(loss: Callable[..., Any], keywords: Iterable[str] = ()) -> None:
-    """Refuse a keyword ``model_state`` of the loss, which the objective has already.
-
-    The training op calls it when it is built, and with the keywords of each step.
-    """
+    """Refuse a keyword ``model_state`` of the loss, which the objective has already."""
     try:
         own = inspect.signature(loss).parameters.get("model_state")
     except (TypeError, ValueError):

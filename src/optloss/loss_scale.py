@@ -164,9 +164,8 @@ def dynamic_loss_scale(
         )
     _check_scale(call, "minimum", minimum)
     if minimum > initial:
-        raise argument_error(
-            call, "minimum", minimum, f"must not exceed the initial scale, {initial}."
-        )
+        problem = f"must not exceed the initial scale, {initial}."
+        raise argument_error(call, "minimum", minimum, problem)
     return LossScale(float(initial), growth_interval, float(factor), float(minimum))
 
 

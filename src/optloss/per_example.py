@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +17,11 @@ from optloss.batches import (
     check_in_axes,
     take_apart,
 )
-from optloss.gradients import (
-    Differentiate,
-    Differentiated,
-    Objective,
-    ValueAndGrad,
-    mean_of_slices,
-)
+from optloss.gradients import BySlices, mean_of_slices
 from optloss.mesh import manual_axes
 from optloss.messages import check_int, check_number, short_repr
 from optloss.trees import norm_dtype, real_dtype, to_float32
-from optloss.typing import PyTree
+from optloss.typing import Differentiate, Differentiated, PyTree, ValueAndGrad
 
 
 def clip_per_example(
@@ -95,72 +88,53 @@ def clip_per_example(
         sum; here ``gradient_noise_scale`` :math:`= \sigma C / n` adds it to the mean.
     """
     call = "clip_per_example"
-    check_number(
-        call,
-        "max_norm",
-        max_norm,
-        lambda number: number > 0,
-        "a real number > 0 or a 0-d array.",
-    )
+    wanted = "a real number > 0 or a 0-d array."
+    check_number(call, "max_norm", max_norm, lambda number: number > 0, wanted)
     if batch is not None:
         check_int(call, "batch", batch, 1, "an int >= 1, or None for all at once.")
     check_in_axes(call, in_axes)
-    return ClippedPerExample(max_norm, in_axes, batch)
+    gradient = functools.partial(_clipped, max_norm, in_axes, batch)
+    return ClippedPerExample(f"clip_per_example({short_repr(max_norm)})", gradient)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ClippedPerExample:
+class ClippedPerExample(BySlices):
     """What :func:`clip_per_example` returns."""
 
-    max_norm: float | jax.Array
-    in_axes: InAxes
-    batch: int | None
 
-    def __repr__(self) -> str:
-        """Return the call without axes and batch, which change no number."""
-        return f"clip_per_example({short_repr(self.max_norm)})"
+def _clipped(
+    max_norm: float | jax.Array,
+    in_axes: InAxes,
+    batch: int | None,
+    differentiate: Differentiate,
+    params: PyTree,
+    /,
+    *args: Any,
+    model_state: PyTree = None,
+    **kwargs: Any,
+) -> Differentiated:
+    data = take_apart("clip_per_example", in_axes, (args, kwargs))
+    size = _check_examples(data)
+    at_once = batch or size
+    check_divides("clip_per_example", "batch", at_once, data)
+    steps = size // at_once
+    stacks = [leaf.stack(steps, keys=size) for leaf in data.leaves]
 
-    def __call__(
-        self, objective: Objective, /, *, has_aux: Literal[True] = True
-    ) -> Differentiate:
-        """Return a function that returns the objective's results and its gradient."""
-        return functools.partial(
-            self._by_example, jax.value_and_grad(objective, has_aux=has_aux)
+    def one_example(values: list[Any]) -> tuple[tuple[Any, PyTree, PyTree], PyTree]:
+        pairs = zip(stacks, values, strict=True)
+        examples = [leaf.batch_of_one(value) for leaf, value in pairs]
+        args, kwargs = jax.tree.unflatten(data.structure, examples)
+        (loss, (state, aux)), gradients = differentiate(
+            params, *args, model_state=model_state, **kwargs
         )
+        return (loss, aux, gradients), state
 
-    def _by_example(
-        self,
-        differentiate: Differentiate,
-        params: PyTree,
-        /,
-        *args: Any,
-        model_state: PyTree = None,
-        **kwargs: Any,
-    ) -> Differentiated:
-        data = take_apart("clip_per_example", self.in_axes, (args, kwargs))
-        size = _check_examples(data)
-        at_once = self.batch or size
-        check_divides("clip_per_example", "batch", at_once, data)
-        stacks = [leaf.stack(size // at_once, keys=size) for leaf in data.leaves]
+    def one_slice(i: jax.Array, _: PyTree) -> Differentiated:
+        (losses, aux, gradients), state = _map_examples(one_example, stacks, i)
+        mean = _mean_of_clipped(gradients, max_norm)
+        return (jnp.mean(losses), (state, aux)), mean
 
-        def one_example(values: list[Any]) -> tuple[tuple[Any, PyTree, PyTree], PyTree]:
-            pairs = zip(stacks, values, strict=True)
-            examples = [leaf.batch_of_one(value) for leaf, value in pairs]
-            args, kwargs = jax.tree.unflatten(data.structure, examples)
-            (loss, (state, aux)), gradients = differentiate(
-                params, *args, model_state=model_state, **kwargs
-            )
-            return (loss, aux, gradients), state
-
-        def one_slice(i: jax.Array, _: PyTree) -> Differentiated:
-            (losses, aux, gradients), state = _map_examples(one_example, stacks, i)
-            mean = _mean_of_clipped(gradients, self.max_norm)
-            return (jnp.mean(losses), (state, aux)), mean
-
-        (loss, (state, aux)), mean = mean_of_slices(
-            one_slice, size // at_once, params, model_state
-        )
-        return (loss, (state, jax.tree.map(_in_order, aux))), mean
+    (loss, (state, aux)), mean = mean_of_slices(one_slice, steps, params, model_state)
+    return (loss, (state, jax.tree.map(_in_order, aux))), mean
 
 
 def _check_examples(data: Batch) -> int:

@@ -67,7 +67,7 @@ def set_learning_rate(state: T, value: Scalar | Mapping[str, Scalar]) -> T:
     nodes, structure = jax.tree.flatten(state, is_leaf=_stops)
     bases = _bases("set_learning_rate", state, nodes)
     if isinstance(value, Mapping):
-        _check_keys(state, value, bases)
+        _check_keys(value, bases)
         named = {f"value[{key!r}]": rate for key, rate in value.items()}
         check_at_least_zero("set_learning_rate", **named)
         new: dict[str | None, Scalar] = dict(value.items())
@@ -156,16 +156,10 @@ def _bases(call: str, state: PyTree, nodes: list[PyTree]) -> dict[str | None, Sc
     return found
 
 
-def _check_keys(
-    state: PyTree, value: Mapping[str, Scalar], bases: dict[str | None, Scalar]
-) -> None:
+def _check_keys(value: Mapping[str, Scalar], bases: dict[str | None, Scalar]) -> None:
     if None in bases:
-        raise argument_error(
-            "set_learning_rate",
-            "value",
-            value,
-            "the state holds one learning rate, without a key. Give a number.",
-        )
+        problem = "the state holds one learning rate, without a key. Give a number."
+        raise argument_error("set_learning_rate", "value", value, problem)
     names = [key for key in bases if key is not None]
     for key in value:
         if key not in names:

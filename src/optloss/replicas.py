@@ -25,11 +25,8 @@ def shared_gradient(
 ) -> PyTree:
     """Return the gradient of the loss that all devices have returned alike.
 
-    Args:
-        gradients: What JAX returned on this device.
-        shards: The axes that leaves are sharded over.
-        replica_axis_name: The axes that every leaf is the same along, or ``None`` if
-            the caller did not say.
+    Leaves are sharded over ``shards`` and the same along ``replica_axis_name``, which
+    is ``None`` if the caller did not say.
     """
     axes: Axes = (*axes_of(shards), *axes_of(replica_axis_name), *manual_axes())
     try:

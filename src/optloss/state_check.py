@@ -7,7 +7,7 @@ restored state may be of NumPy's arrays. Under ``vmap`` and ``shard_map`` the sh
 those that the traced code sees, of the state and of the parameters alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,15 +42,15 @@ def check_state(
     A ``start`` that cannot be traced, or makes something else each time, tells nothing.
     """
     try:
-        wanted = jax.eval_shape(start, params)
-        if _alike(state, wanted):
+        found, expected = parts(state), parts(jax.eval_shape(start, params))
+        if difference(found, expected) is None:
             return
         # A function of its own: of one that it knows JAX tells what it told before.
-        if not _alike(wanted, jax.eval_shape(lambda tree: start(tree), params)):
+        again = parts(jax.eval_shape(lambda tree: start(tree), params))
+        if difference(expected, again) is not None:
             return
     except Exception:  # an optimizer of the user's own may fail in any way
         return
-    found, expected = dict(parts(state)), dict(parts(wanted))
     for part in {**expected, **found}:
         check_part(call, part, found.get(part), expected.get(part), cure)
 
@@ -73,17 +73,15 @@ def part_error(call: str, part: str, found: str, wanted: str, cure: str) -> Valu
     )
 
 
-def parts(state: PyTree) -> Iterator[tuple[str, PyTree]]:
-    """Yield the parts of a chain's state by name, guards in front."""
-    while not isinstance(state, ChainState):
-        if not hasattr(state, "inner"):
-            yield "chain", state
-            return
-        yield "guard", state._replace(inner=())
-        state = state.inner
-    # Only whether there is packing: the table is as long as the names in it.
-    yield "packing", None if state.packed is None else ()
-    yield from state._replace(packed=None)._asdict().items()
+def parts(state: PyTree) -> dict[str, PyTree]:
+    """Return the parts of a chain's state by name, a guard in front."""
+    if isinstance(state, ChainState):
+        # Only whether there is packing: the table is as long as the names in it.
+        packing = None if state.packed is None else ()
+        return {"packing": packing, **state._replace(packed=None)._asdict()}
+    if hasattr(state, "inner"):
+        return {"guard": state._replace(inner=()), **parts(state.inner)}
+    return {"chain": state}
 
 
 def difference(found: PyTree, wanted: PyTree, path: str = "") -> Difference | None:
@@ -102,14 +100,6 @@ def difference(found: PyTree, wanted: PyTree, path: str = "") -> Difference | No
         if at is not None:
             return at
     return None
-
-
-def _alike(state: PyTree, other: PyTree) -> bool:
-    # The table of packed names is as long as the names are.
-    sides = [[part for _, part in parts(tree)] for tree in (state, other)]
-    shapes = [list(map(jnp.shape, jax.tree.leaves(side))) for side in sides]
-    structures: list[PyTree] = [jax.tree.structure(tree) for tree in (state, other)]
-    return bool(structures[0] == structures[1]) and shapes[0] == shapes[1]
 
 
 def _is_array(node: object) -> bool:

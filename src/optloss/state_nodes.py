@@ -74,16 +74,12 @@ def _is_named_tuple(node: object) -> bool:
     )
 
 
-def node_types(trees: list[PyTree], containers: set[type]) -> set[Any]:
-    """Return the types of the nodes in ``trees``."""
-    found: set[Any] = set()
-    while trees:
-        tree = trees.pop()
-        if _is_named_tuple(tree):
-            found.add(type(tree))
-        if not jax.tree_util.all_leaves([tree]):
-            trees += children(tree).values()
-    return found - containers - {optax.EmptyState}
+def node_types(tree: PyTree) -> set[Any]:
+    """Return the types of the nodes in ``tree``."""
+    found: set[Any] = {type(tree)} if _is_named_tuple(tree) else set()
+    if not jax.tree_util.all_leaves([tree]):
+        found = found.union(*map(node_types, children(tree).values()))
+    return found - {optax.EmptyState}
 
 
 class Reader(NamedTuple):
@@ -91,8 +87,7 @@ class Reader(NamedTuple):
 
     call: str
     leaves: list[PyTree]
-    raw: bool  # whether nodes are told by their fields
-    kinds: set[frozenset[str]]  # the fields of nodes, in a tree without types
+    kinds: set[frozenset[str]]  # the fields of nodes, where a side has no types
     containers: set[Any]
 
     def fields(self, node: PyTree) -> dict[str, PyTree] | None:
@@ -145,9 +140,9 @@ class Reader(NamedTuple):
                 table,
             )
         # A tree without types has nothing where another has an EmptyState.
-        is_told = not (self.raw and type(tree) is optax.EmptyState)
+        is_told = not (self.kinds and type(tree) is optax.EmptyState)
         if fields is not None and is_told:
-            kind = frozenset(children(tree)) if self.raw else type(tree)
+            kind = frozenset(children(tree)) if self.kinds else type(tree)
             below = tuple(node.kind for node in inside)
             yield Node(kind, path, stage, group, entries, below)
         yield from inside

@@ -5,7 +5,6 @@ otherwise; a leaf that is no floating or complex array has ``optax.MaskedNode()`
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +38,9 @@ def elementwise(
             raise argument_error(f"{solver}.update", "params", params, problem)
         others = [params] if solver else []
         step = [optax.safe_increment(state.step)] if "step" in state._fields else []
-
-        def at_step(*row: PyTree) -> tuple[jax.Array, ...]:
-            return rule(*row, *step)
-
-        updates, slots = _map_rule(at_step, updates, state[len(step) :], others)
+        updates, slots = _map_rule(
+            lambda *row: rule(*row, *step), updates, state[len(step) :], others
+        )
         return updates, type(state)(*step, *slots)
 
     return optax.GradientTransformationExtraArgs(start, update)
@@ -87,19 +84,14 @@ def _map_rule(
         kept = (None if old is None else new.astype(old.dtype) for old, new in pairs)
         return update, *kept
 
-    leaves = jax.tree.leaves(updates, is_leaf=_is_absent)
-    structure: Any = jax.tree.structure(updates, is_leaf=_is_absent)
-    columns = [
-        [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
-        for tree in (*slots, *others)
-    ]
-    rows = [apply(*row) for row in zip(leaves, *columns, strict=True)]
-    stepped, *kept = (
-        jax.tree.unflatten(structure, [row[i] for row in rows])
-        for i in range(1 + len(slots))
-    )
-    pairs = zip(slots, kept, strict=True)
-    return stepped, [None if old is None else new for old, new in pairs]
+    def column(i: int) -> PyTree:
+        return jax.tree.map(lambda _, row: row[i], updates, rows, is_leaf=_is_absent)
+
+    absent = jax.tree.map(lambda _: None, updates, is_leaf=_is_absent)
+    trees = [absent if tree is None else tree for tree in (*slots, *others)]
+    rows = jax.tree.map(apply, updates, *trees, is_leaf=_is_absent)
+    kept = [None if old is None else column(i) for i, old in enumerate(slots, 1)]
+    return column(0), kept
 
 
 def _is_absent(node: object) -> bool:

@@ -168,27 +168,17 @@ def get_factory(call: str, text: str) -> Factory:
         return factory
     _check_keywords(call, text, factory, keywords)
     bound = functools.partial(factory, **keywords)
-    try:
-        _try_out(bound)
-    except Exception as error:  # whatever it is, the first step would end in it
-        if _works(factory):
-            reason = short_text(str(error)).rstrip(".")
-            problem = f"its keywords were not taken: {reason}. Give them other values."
-            raise argument_error(call, "optimizer", text, problem) from error
+    error = _failure(bound)
+    # Without keywords, one of the caller's own may want parameters of its own.
+    if error is not None and _failure(factory) is None:
+        reason = short_text(str(error)).rstrip(".")
+        problem = f"its keywords were not taken: {reason}. Give them other values."
+        raise argument_error(call, "optimizer", text, problem) from error
     return functools.update_wrapper(bound, factory, assigned=("__module__", "__name__"))
 
 
-def _works(factory: Factory) -> bool:
-    """Tell whether ``factory`` can be tried out at all without keywords."""
-    try:
-        _try_out(factory)
-    except Exception:  # one of the caller's own may want parameters of its own
-        return False
-    return True
-
-
-def _try_out(factory: Factory) -> None:
-    """Trace one update of two small leaves; refuse one of another shape."""
+def _failure(factory: Factory) -> Exception | None:
+    """Return what is wrong with an update of two small leaves, which is traced."""
 
     def update(params: PyTree) -> PyTree:
         # At a number: a factory that looks at its rate may not take a traced one.
@@ -199,9 +189,14 @@ def _try_out(factory: Factory) -> None:
         return updates
 
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in PROBE}
-    for name, made in jax.eval_shape(update, shapes).items():
-        if made.shape != shapes[name].shape:
-            raise ValueError(f"an update of {shapes[name].shape} becomes {made.shape}")
+    try:
+        for name, made in jax.eval_shape(update, shapes).items():
+            shape = shapes[name].shape
+            if made.shape != shape:
+                return ValueError(f"an update of {shape} becomes {made.shape}")
+    except Exception as error:  # whatever it is, the first step would end in it
+        return error
+    return None
 
 
 def title(text: str) -> str:
@@ -223,12 +218,9 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, object]]:
         node = ast.parse(text.strip(), mode="eval").body
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
-        keywords = {
-            keyword.arg: ast.literal_eval(keyword.value)
-            for keyword in node.keywords
-            if keyword.arg is not None
-        }
-        if node.args or len(keywords) < len(node.keywords):
+        given = node.keywords
+        keywords = {k.arg: ast.literal_eval(k.value) for k in given if k.arg}
+        if node.args or len(keywords) < len(given):
             raise ValueError
         return node.func.id, keywords
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
@@ -247,11 +239,9 @@ def _check_keywords(
 ) -> None:
     _, *others = inspect.signature(factory).parameters.values()
     open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
-    by_keyword = (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
-    known = [p.name for p in others if p.kind in by_keyword]
+    known = [
+        p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     taken = listing(known, 20) or "none"
     for keyword, value in keywords.items():
         if keyword not in known and not open_ended:
