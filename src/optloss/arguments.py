@@ -6,6 +6,7 @@ given it. What passes is turned into the stages of the chain, each a transform t
 with the text that describes it.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import optax
 
 from optloss.averages import check_decay
 from optloss.extra import by_signature
+from optloss.groups import Table
 from optloss.knobs import check_knob, check_schedule, is_schedule
 from optloss.loss_scale import as_loss_scale
 from optloss.made_by import module_of, name_of, root
@@ -46,7 +48,6 @@ from optloss.optimizer_argument import (
     check_learning_rate,
     check_pack_size,
     optimizer_stage,
-    values_of,
 )
 from optloss.per_example import ClippedPerExample
 from optloss.replicas import shard_axes
@@ -88,12 +89,14 @@ def as_arrays(call: str, params: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
     names = leaf_names(params)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        if is_number(leaf) and _fits(leaf):
-            leaves[i] = jnp.asarray(leaf)
-        elif not _is_jax_array(leaf):
+        if is_number(leaf):
+            # An int may be beyond int32, or beyond 4,300 digits.
+            with contextlib.suppress(OverflowError, ValueError):
+                leaves[i] = leaf = jnp.asarray(leaf)
+        if not _is_jax_array(leaf):
             problem = f"{_parameter(name)} is no array but {short_repr(leaf)}."
             raise refusal(call, f"{problem} {_cure(leaf)}")
-        elif is_deleted(leaf):
+        if is_deleted(leaf):
             raise refusal(
                 call,
                 f"{_parameter(name)} was deleted when it was donated to an earlier "
@@ -133,14 +136,6 @@ def _cure(leaf: object) -> str:
 
 def _parameter(name: str) -> str:
     return f"the parameter {quoted(name)}" if name else "the tree of parameters"
-
-
-def _fits(number: float) -> bool:
-    try:
-        jnp.asarray(number)
-    except (OverflowError, ValueError):  # beyond int32, or beyond 4,300 digits
-        return False
-    return True
 
 
 def _is_jax_array(leaf: object) -> bool:
@@ -198,7 +193,7 @@ def _check_summaries(call: str, given: Given) -> None:
 def _check_counter(call: str, given: Given) -> None:
     if given.get("global_step", 0) is not None:
         return
-    rates = values_of(given["learning_rate"])
+    rates = Table.of(given["learning_rate"]).values
     if given["learning_rate_decay_fn"] is not None and any(
         rate is not None for rate in rates
     ):
@@ -332,7 +327,8 @@ def _check_clip(call: str, given: Given) -> None:
     clip = given["clip_gradients"]
     if clip is None or is_transformation(clip):
         return
-    if _is_factory(clip):
+    library = module_of(clip).split(".")[0]
+    if callable(clip) and library in ("optloss", "optax"):
         cure = f"is a function that makes a clip. Call it: {root(clip).__name__}(...)."
         raise argument_error(call, "clip_gradients", clip, cure)
     if _is_function(clip):
@@ -367,11 +363,6 @@ def _is_function(value: object) -> bool:
 
 def _given_stage(transform: optax.GradientTransformation) -> Stage:
     return Stage(name_of(transform), by_signature(transform))
-
-
-def _is_factory(value: object) -> bool:
-    library = module_of(value).split(".")[0]
-    return callable(value) and library in ("optloss", "optax")
 
 
 def _flag(name: str) -> Callable[[str, Given], bool]:

@@ -72,6 +72,10 @@ class ChainStart:
         """Return, for each leaf of ``params``, whether it is trained."""
         return select(self.call, self.variables, params)
 
+    def trained(self, params: PyTree) -> PyTree:
+        """Return ``params`` with placeholders for what is not trained."""
+        return select_leaves(params, self.selected(params))
+
     def init(self, params: PyTree) -> PyTree:
         """Return the state for ``params``, with all names and patterns checked.
 
@@ -84,7 +88,7 @@ class ChainStart:
         for stage in (self.stages.multipliers, self.stages.rate_multipliers):
             where = f"{self.call}, {stage.scope}"
             first_match(where, tuple(stage.rules), names, check=bool(names))
-        trained = select_leaves(params, self.selected(params))
+        trained = self.trained(params)
         if self.stages.optimizer.groups is not None and names:
             self.stages.optimizer.groups.check(names, leaf_names(trained))
         leaves, structure = jax.tree.flatten(self(trained))
@@ -92,11 +96,10 @@ class ChainStart:
 
     def __call__(self, trained: PyTree) -> PyTree:
         """Return the state before the first update."""
-        noise = self.stages.noise.transform.init(trained)
         after: PyTree = self.clip_and_optimizer.init(trained)
         clip, optimizer = after
         state = ChainState(
-            noise=noise,
+            noise=self.stages.noise.transform.init(trained),
             clip=clip,
             optimizer=optimizer,
             packed=table_of(self.layout(trained)) if self.pack_size else None,
@@ -138,10 +141,10 @@ class ChainStart:
         clip, optimizer, size = self.stages.clip, self.stages.optimizer, self.pack_size
         if self.packs_all:
             return pack_small_leaves(in_turn(clip, optimizer), size)
-        if size and optimizer.groups is not None:
+        if optimizer.groups is not None:
             packed = optimizer.groups.transform(size)
+            optimizer = optimizer._replace(transform=packed)
         elif size:
             packed = pack_small_leaves(optimizer.transform, size)
-        else:
-            packed = optimizer.transform
-        return in_turn(clip, optimizer._replace(transform=packed))
+            optimizer = optimizer._replace(transform=packed)
+        return in_turn(clip, optimizer)

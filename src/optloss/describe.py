@@ -63,7 +63,17 @@ def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
         _multipliers(chain.start.stages.rate_multipliers, names),
         strict=True,
     )
-    rows = fold([_row(*column) for column in columns])
+    unfolded = [
+        Row(
+            name or "(the tree itself)",
+            "x".join(map(str, leaf.shape)) or "scalar",
+            str(leaf.dtype),
+            "trained" if trained else "frozen",
+            *((*group, gradient, multiplier) if trained else ()),
+        )
+        for name, leaf, trained, group, gradient, multiplier in columns
+    ]
+    rows = fold(unfolded)
     width = max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST)
     totals = textwrap.wrap(_totals(leaves, selected, state), width)
     return "\n".join([*_wrap(pipeline, width), "", *_table(rows, width), "", *totals])
@@ -73,23 +83,6 @@ def _multipliers(stage: Stage, names: list[str]) -> list[str]:
     values = [f"{v:g}" if is_number(v) else short_repr(v) for v in stage.rules.values()]
     rules = first_match(stage.scope, tuple(stage.rules), names, check=False)
     return ["" if rule is None else values[rule] for rule in rules]
-
-
-def _row(
-    name: str,
-    leaf: PyTree,
-    trained: bool,
-    group: tuple[str, str],
-    gradient: str,
-    multiplier: str,
-) -> Row:
-    return Row(
-        name or "(the tree itself)",
-        "x".join(map(str, leaf.shape)) or "scalar",
-        str(leaf.dtype),
-        "trained" if trained else "frozen",
-        *((*group, gradient, multiplier) if trained else ()),
-    )
 
 
 def fold(rows: list[Row]) -> list[Row]:

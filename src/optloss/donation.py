@@ -16,18 +16,12 @@ from optloss.typing import PyTree
 def copies_of_donated(state: PyTree, arguments: PyTree) -> PyTree:
     """Return ``arguments`` with copies in place of arrays that are in ``state``."""
     donated = set(map(id, jax.tree.leaves(state)))
-    leaves, structure = jax.tree.flatten(arguments)
-    shared = [
-        id(leaf) in donated and isinstance(leaf, jax.Array) and not is_traced(leaf)
-        for leaf in leaves
-    ]
-    if not any(shared):
-        return arguments
-    copies = [
-        own_copy(leaf) if also else leaf
-        for leaf, also in zip(leaves, shared, strict=True)
-    ]
-    return jax.tree.unflatten(structure, copies)
+
+    def own(leaf: PyTree) -> PyTree:
+        is_array = isinstance(leaf, jax.Array) and not is_traced(leaf)
+        return own_copy(leaf) if is_array and id(leaf) in donated else leaf
+
+    return jax.tree.map(own, arguments)
 
 
 @contextlib.contextmanager

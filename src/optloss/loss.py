@@ -37,7 +37,6 @@ def call_loss(
     _check_arguments(loss, arguments, kwargs, model_state is not None)
     result = loss(*arguments, **kwargs)
     value, *rest = result if type(result) is tuple and result else (result,)
-    call = "optimize_loss"
     if model_state is None:
         if len(rest) > 1:
             raise refusal(
@@ -46,19 +45,18 @@ def call_loss(
                 "returns loss or (loss, aux); if it has one, pass it: "
                 "train_op.init(params, model_state).",
             )
-        return Outcome(real_scalar(call, value), None, rest[0] if rest else None)
-    if not rest and ops_follow:
-        return Outcome(real_scalar(call, value), model_state, None)
-    if not 1 <= len(rest) <= 2:
+    elif 1 <= len(rest) <= 2:
+        new, *rest = rest
+        model_state = like_before("the loss returned", new, model_state)
+    elif rest or not ops_follow:
         raise refusal(
             "optimize_loss",
             f"the loss returned {len(rest) + 1} result{'s' if rest else ''}. With a "
             "model_state it returns (loss, new_model_state) or (loss, new_model_state, "
             "aux).",
         )
-    adopted = like_before("the loss returned", rest[0], model_state)
-    aux = rest[1] if len(rest) == 2 else None
-    return Outcome(real_scalar(call, value), adopted, aux)
+    aux = rest[0] if rest else None
+    return Outcome(real_scalar("optimize_loss", value), model_state, aux)
 
 
 def _check_arguments(

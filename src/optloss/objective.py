@@ -107,22 +107,19 @@ def given_gradients(gradients: PyTree, trained: PyTree) -> PyTree:
         )
     parameters, structure = jax.tree.flatten(trained)
     for name, parameter in zip(names, parameters, strict=True):
-        _check_gradient(name, known[name], parameter)
-    return jax.tree.unflatten(structure, [jnp.asarray(known[name]) for name in names])
-
-
-def _check_gradient(name: str, gradient: PyTree, parameter: jax.Array) -> None:
-    fits = (
-        is_inexact(gradient)
-        and jnp.shape(gradient) == parameter.shape
-        and (jnp.iscomplexobj(parameter) or not jnp.iscomplexobj(gradient))
-    )
-    if not fits:
-        raise refusal(
-            APPLY,
-            f"the gradient of {quoted(name)} is {short_repr(gradient)}; the parameter "
-            f"is {short_repr(parameter)}.",
+        gradient = known[name]
+        fits = (
+            is_inexact(gradient)
+            and jnp.shape(gradient) == parameter.shape
+            and (jnp.iscomplexobj(parameter) or not jnp.iscomplexobj(gradient))
         )
+        if not fits:
+            raise refusal(
+                APPLY,
+                f"the gradient of {quoted(name)} is {short_repr(gradient)}; the "
+                f"parameter is {short_repr(parameter)}.",
+            )
+    return jax.tree.unflatten(structure, [jnp.asarray(known[name]) for name in names])
 
 
 def given_outcome(

@@ -17,7 +17,7 @@ import optax
 from optloss.extra import by_signature
 from optloss.groups import Groups, Maker, Table
 from optloss.hyperparams import INJECTED, Factory, keeps_first_rate
-from optloss.knobs import SCHEDULE, check_scalar, is_schedule
+from optloss.knobs import SCHEDULE, check_scalar, check_schedule, is_schedule
 from optloss.made_by import name_of
 from optloss.messages import (
     MOST_SHOWN,
@@ -35,7 +35,7 @@ from optloss.optimizers.registry import get_factory, title
 from optloss.stages import Stage
 from optloss.transforms.learning_rate import check_transformation, inject_learning_rate
 from optloss.trees import is_transformation
-from optloss.typing import DecayFn, LearningRate, OneOptimizer, OneRate
+from optloss.typing import DecayFn, LearningRate, OneOptimizer
 
 Given = Mapping[str, Any]
 
@@ -45,20 +45,11 @@ NUMBER = (
 PROBE = {"kernel": (2, 3), "bias": (3,)}
 
 
-def values_of(given: Any) -> list[Any]:
-    """Return the values of a mapping, or the one value."""
-    return list(given.values()) if isinstance(given, Mapping) else [given]
-
-
 def _items(argument: str, given: Any) -> list[tuple[str, Any]]:
     """Return each value with the text by which a message names it."""
     if not isinstance(given, Mapping):
         return [(argument, given)]
-    return [(f"{argument}[{_key(key)!r}]", value) for key, value in given.items()]
-
-
-def _key(key: object) -> object:
-    return text_of(key) if is_pattern(key) else key
+    return [(f"{argument}[{text_of(key)!r}]", value) for key, value in given.items()]
 
 
 def _check_keys(call: str, argument: str, given: object) -> None:
@@ -89,8 +80,13 @@ def check_learning_rate(call: str, given: Given) -> None:
         if rate is None:
             # Which optimizer meets which rate of a mapping is known with the names.
             mapped = isinstance(given["learning_rate"], Mapping)
-            if not (mapped and isinstance(grouped, Mapping)):
-                _check_own_rates(call, argument, grouped)
+            known = not (mapped and isinstance(grouped, Mapping))
+            if known and not all(map(_brings_its_own, Table.of(grouped).values)):
+                cure = (
+                    "may be None only where the optimizer brings its own rate: with an "
+                    "instance or a function without arguments."
+                )
+                raise argument_error(call, argument, None, cure)
         elif not is_schedule(rate):
             check_number(call, argument, rate, lambda n: 0 <= n < math.inf, NUMBER)
         else:
@@ -101,15 +97,6 @@ def check_learning_rate(call: str, given: Given) -> None:
                     "number."
                 )
                 raise argument_error(call, argument, rate, cure)
-
-
-def _check_own_rates(call: str, argument: str, optimizer: object) -> None:
-    if not all(map(_brings_its_own, values_of(optimizer))):
-        cure = (
-            "may be None only where the optimizer brings its own rate: with an "
-            "instance or a function without arguments."
-        )
-        raise argument_error(call, argument, None, cure)
 
 
 def _brings_its_own(
@@ -140,7 +127,9 @@ def optimizer_stage(call: str, given: Given) -> Stage:
     if decay_fn is not None and rates is not None:
         _warn_of_own_rates(call, optimizer)
     for argument, one in _items("learning_rate", rates):
-        _check_result(call, argument, one, decay_fn)
+        check_schedule(call, argument, one)
+        if decay_fn is not None and one is not None:
+            _check_decay(call, decay_fn)
     makers = {
         argument: _maker(call, argument, one, rates)
         for argument, one in _items("optimizer", optimizer)
@@ -156,21 +145,20 @@ def optimizer_stage(call: str, given: Given) -> Stage:
 
 
 def _grouped_stage(call: str, given: Given, makers: list[Maker]) -> Stage:
-    optimizer, rates = given["optimizer"], given["learning_rate"]
-    decay_fn = given["learning_rate_decay_fn"]
-    patterns = tuple(optimizer) if isinstance(optimizer, Mapping) else None
-    groups = Groups(call, Table(patterns, tuple(makers)), Table.of(rates), decay_fn)
+    rates, decay_fn = given["learning_rate"], given["learning_rate_decay_fn"]
+    table = Table.of(given["optimizer"])._replace(values=tuple(makers))
+    groups = Groups(call, table, Table.of(rates), decay_fn)
     what = makers[0].text
-    if patterns is not None:
-        pairs = zip(patterns, makers, strict=True)
-        what = "{" + ", ".join(f"{_key(k)!r}: {m.text}" for k, m in pairs) + "}"
+    if table.patterns is not None:
+        pairs = zip(table.keys, makers, strict=True)
+        what = "{" + ", ".join(f"{key!r}: {maker.text}" for key, maker in pairs) + "}"
     text = f"{what} at {_rate_text(rates, decay_fn)}"
     return Stage(text, groups.transform(), groups=groups)
 
 
 def _rate_text(rates: LearningRate, decay_fn: DecayFn | None) -> str:
     if isinstance(rates, Mapping):
-        pairs = ((_key(key), short_repr(rate)) for key, rate in rates.items())
+        pairs = ((text_of(key), short_repr(rate)) for key, rate in rates.items())
         text = "{" + ", ".join(f"{key!r}: {rate}" for key, rate in pairs) + "}"
     else:
         text = "its own rate" if rates is None else short_repr(rates)
@@ -180,7 +168,7 @@ def _rate_text(rates: LearningRate, decay_fn: DecayFn | None) -> str:
 
 
 def _warn_of_own_rates(call: str, optimizer: object) -> None:
-    if any(map(is_transformation, values_of(optimizer))):
+    if any(map(is_transformation, Table.of(optimizer).values)):
         warnings.warn(
             f"{call}: the optimizer is an instance, whose own learning rate "
             "governs; learning_rate_decay_fn has no effect.",
@@ -196,8 +184,8 @@ def _maker(
         return Maker(name_of(optimizer), None, lambda: optimizer, governs=True)
     if isinstance(optimizer, str):
         return _named_maker(call, optimizer)
-    own = None
-    if any(rate is None for rate in values_of(rates)) and _brings_its_own(optimizer):
+    own, given = None, Table.of(rates).values
+    if any(rate is None for rate in given) and _brings_its_own(optimizer):
         own = functools.partial(_made_without_rate, call, optimizer)
         made = name_of(own())
         if rates is None or not _takes(optimizer, 1):
@@ -250,19 +238,11 @@ def _probe_factory(call: str, factory: Factory) -> None:
             raise refusal(call, INJECTED)
 
 
-def _check_result(
-    call: str, argument: str, learning_rate: OneRate, decay_fn: DecayFn | None
-) -> None:
-    """Refuse a decay function or a schedule that computes no real scalar."""
-    if learning_rate is None:
-        return
+def _check_decay(call: str, decay_fn: DecayFn) -> None:
+    """Refuse a decay function that computes no real scalar."""
 
     def compute(rate: jax.Array, step: jax.Array) -> tuple[()]:
-        if decay_fn is not None:
-            result = decay_fn(rate, step)
-            check_scalar(call, "learning_rate_decay_fn", decay_fn, result)
-        elif is_schedule(learning_rate):
-            check_scalar(call, argument, learning_rate, learning_rate(step))
+        check_scalar(call, "learning_rate_decay_fn", decay_fn, decay_fn(rate, step))
         return ()
 
     rate, step = (jax.ShapeDtypeStruct((), t) for t in (jnp.float32, jnp.int32))
@@ -276,7 +256,7 @@ def check_pack_size(call: str, given: Given) -> None:
     check_int(call, "pack_small_leaves", size, 0, cure)
     if not size:
         return
-    for one in values_of(optimizer):
+    for one in Table.of(optimizer).values:
         if _maker(call, "optimizer", one, given["learning_rate"]).is_elementwise:
             return
     what = f"the optimizer {short_repr(optimizer)} looks"

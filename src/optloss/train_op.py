@@ -24,6 +24,7 @@ from optloss.compiled import CompiledStep
 from optloss.describe import describe
 from optloss.donation import clear_if_deleted
 from optloss.evaluation import evaluation_params
+from optloss.extra import fill_masked
 from optloss.gradients import ValueAndGrad
 from optloss.loss import Outcome, run_projection, run_update_ops
 from optloss.mesh import shard_like, shard_state
@@ -40,7 +41,7 @@ from optloss.replicas import shared_gradient
 from optloss.stages import ChainState
 from optloss.state_check import check_part, part_error
 from optloss.summaries import Asked, step_summaries
-from optloss.trees import increment, merge_leaves, own_copy, select_leaves
+from optloss.trees import increment, own_copy, select_leaves
 from optloss.typing import AxisName, PyTree, Scalar, Schedule, UpdateContext
 
 
@@ -118,29 +119,20 @@ class TrainOp:
 
     def __repr__(self) -> str:
         """Return the pipeline in order, on one line."""
-        texts = [self._gradient_text, *self.chain.start.texts, *self._last_texts]
-        line = " -> ".join(texts) + self.chain.start.skips
-        return f"{self.name}: {line}" if self.name else line
-
-    @property
-    def _gradient_text(self) -> str:
-        parts = ["gradient"]
+        gradient = "gradient"
         if self.value_and_grad is not jax.value_and_grad:
-            parts.append(f"by {short_repr(self.value_and_grad)}")
+            gradient += f" by {short_repr(self.value_and_grad)}"
         if self.chain.start.loss_scale is not None:
-            parts.append(f"at {self.chain.start.loss_scale.text}")
-        return " ".join(parts)
-
-    @property
-    def _last_texts(self) -> list[str]:
-        texts = []
+            gradient += f" at {self.chain.start.loss_scale.text}"
+        texts = [gradient, *self.chain.start.texts]
         if self.projection is not None:
             texts.append(short_repr(self.projection))
         if self.moving_average is not None:
             texts.append(f"moving_average({short_repr(self.moving_average)})")
         if self.global_step is not None and self.increment_global_step:
             texts.append("step + 1")
-        return texts
+        line = " -> ".join(texts) + self.chain.start.skips
+        return f"{self.name}: {line}" if self.name else line
 
     def describe(self, params: Any) -> str:
         """Return the pipeline, and a table of what applies to which parameter.
@@ -195,8 +187,8 @@ class TrainOp:
             )
         opt_state = self.chain.start.init(params)
         params, model_state = jax.tree.map(own_copy, (params, model_state))
-        selected = self.chain.start.selected(params)
-        if not any(selected):
+        trained = self.chain.start.trained(params)
+        if not jax.tree.leaves(trained):
             problem = "it holds no floating array, so there is nothing to train."
             raise argument_error("train_op.init", "params", params, problem)
         step = None
@@ -204,7 +196,7 @@ class TrainOp:
             step = jnp.array(self.global_step, jnp.int32, copy=True)
         average = None
         if self.moving_average is not None:
-            average = start_average(select_leaves(params, selected))
+            average = start_average(trained)
         state = TrainOpState(step, params, model_state, opt_state, average)
         return shard_state(state, params)
 
@@ -364,14 +356,13 @@ class TrainOp:
         aux: Any,
         model_state: Any,
     ) -> Step:
-        selected = self.chain.start.selected(state.params)
-        trained = select_leaves(state.params, selected)
+        trained = self.chain.start.trained(state.params)
         self._check_whose("train_op.apply_gradients(state)", state, trained)
         gradients = conjugate(given_gradients(gradients, trained))
         outcome = given_outcome(loss, aux, model_state, state.model_state)
         with jax.named_scope(self.name or "OptimizeLoss"):
             try:
-                return self._advance(state, outcome, gradients, shardings)
+                return self._advance(state, trained, outcome, gradients, shardings)
             except TypeError as error:
                 raise missing_argument(error) from error
 
@@ -439,13 +430,11 @@ class TrainOp:
         """
         call = "train_op.evaluation_params"
         _checked(call, state)
-        selected = self.chain.start.selected(state.params)
-        trained = select_leaves(state.params, selected)
+        trained = self.chain.start.trained(state.params)
         layout, size = self.chain.start.layout(trained), self.chain.start.pack_size
         moved = evaluation_params(state.opt_state, trained, layout, size)
-        params = merge_leaves(moved, state.params, selected)
         with clear_if_deleted(f"{call}(state)", state):
-            return jax.tree.map(own_copy, params)
+            return jax.tree.map(own_copy, fill_masked(moved, state.params))
 
     def _step(
         self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any
@@ -468,21 +457,21 @@ class TrainOp:
             gradients, self.chain.axis_name, self.replica_axis_name
         )
         return self._advance(
-            state, outcome, gradients, shardings, value_fn=objective.value_fn
+            state, trained, outcome, gradients, shardings, value_fn=objective.value_fn
         )
 
     def _advance(
         self,
         state: TrainOpState,
+        trained: PyTree,
         outcome: Outcome,
         gradients: PyTree,
         shardings: Any,
         **extra: Any,
     ) -> Step:
         """Return the state after an update by these ``gradients``."""
-        selected = self.chain.start.selected(state.params)
-        trained = select_leaves(state.params, selected)
         if self.colocate_gradients_with_ops:
+            selected = self.chain.start.selected(state.params)
             wanted = shardings and select_leaves(shardings.params, selected)
             gradients = shard_like(gradients, trained, wanted)
         # As JAX gives it, which is what the line searches compute with.
@@ -497,7 +486,7 @@ class TrainOp:
         def update() -> tuple[Moved, ChainState]:
             updates, after = self.chain.after(ready, before, trained, extra, norm)
             moved = optax.apply_updates(trained, updates)
-            return self._moved(state, outcome, moved, selected), after
+            return self._moved(state, outcome, moved), after
 
         def nothing() -> Moved:
             return Moved(trained, state.average, state.model_state)
@@ -515,26 +504,20 @@ class TrainOp:
         summaries = step_summaries(
             self.asked, outcome.loss, rates, measured, state.step
         )
-        params = merge_leaves(moved.trained, state.params, selected)
+        params = fill_masked(moved.trained, state.params)
         new_state = TrainOpState(
             step, params, moved.model_state, opt_state, moved.average
         )
         return new_state, StepOutput(outcome.loss, outcome.aux, summaries)
 
-    def _moved(
-        self,
-        state: TrainOpState,
-        outcome: Outcome,
-        trained: PyTree,
-        selected: list[bool],
-    ) -> Moved:
+    def _moved(self, state: TrainOpState, outcome: Outcome, trained: PyTree) -> Moved:
         """Return what follows the optimizer: projection, average and update ops."""
         if self.projection is not None:
             trained = run_projection(self.projection, trained)
         average = state.average
         if self.moving_average is not None and average is not None:
             average = update_average(self.moving_average, average, trained, state.step)
-        params = merge_leaves(trained, state.params, selected)
+        params = fill_masked(trained, state.params)
         context = UpdateContext(params, outcome.aux, outcome.loss, state.step)
         ops = self.update_ops or ()
         model_state = run_update_ops(ops, outcome.model_state, context)

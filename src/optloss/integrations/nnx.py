@@ -331,38 +331,12 @@ def optimize_loss(
     See also:
         :func:`optloss.make_optimizer`, for an ``nnx.Optimizer`` in a loop of your own.
     """
+    given = dict(locals())
+    del given["model"], given["wrt"]
     wanted = "a function loss(model, *args)"
     check_callable("optimize_loss", "loss", loss, 1, wanted, more=True)
     slots, structure = _slots(model, wrt)
-    train_op = optimize_pure_loss(
-        loss,
-        global_step,
-        learning_rate,
-        optimizer,
-        gradient_noise_scale,
-        gradient_multipliers,
-        clip_gradients,
-        learning_rate_decay_fn,
-        update_ops,
-        variables,
-        name,
-        summaries,
-        colocate_gradients_with_ops,
-        increment_global_step,
-        learning_rate_multipliers=learning_rate_multipliers,
-        histogram_every=histogram_every,
-        skip_nonfinite=skip_nonfinite,
-        seed=seed,
-        pack_small_leaves=pack_small_leaves,
-        axis_name=axis_name,
-        replica_axis_name=replica_axis_name,
-        donate=donate,
-        skip_spikes=skip_spikes,
-        value_and_grad=value_and_grad,
-        loss_scale=loss_scale,
-        projection=projection,
-        moving_average=moving_average,
-    )
+    train_op = optimize_pure_loss(**given)
     fields = {f.name: getattr(train_op, f.name) for f in dataclasses.fields(train_op)}
     pure = PureTrainOp(**fields, graphs=Graphs(model, slots), structure=structure)
     return ModelTrainOp(model, pure, slots)

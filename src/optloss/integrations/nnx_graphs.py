@@ -172,12 +172,12 @@ class Place:
 def without_objects(arguments: PyTree) -> tuple[PyTree, list[PyTree]]:
     """Return ``arguments`` with places for the nnx objects, and these."""
     leaves, structure = jax.tree.flatten(arguments, is_leaf=is_object)
-    objects = [leaf for leaf in leaves if is_object(leaf)]
-    if not objects:
-        return arguments, objects
-    numbers = iter(range(len(objects)))
-    places = [Place(next(numbers)) if is_object(leaf) else leaf for leaf in leaves]
-    return jax.tree.unflatten(structure, places), objects
+    objects: list[PyTree] = []
+    for i, leaf in enumerate(leaves):
+        if is_object(leaf):
+            leaves[i] = Place(len(objects))
+            objects.append(leaf)
+    return jax.tree.unflatten(structure, leaves), objects
 
 
 def _with_objects(arguments: PyTree, objects: Sequence[PyTree]) -> PyTree:
@@ -235,10 +235,6 @@ class Found(NamedTuple):
     graph: Graph
     slots: list[Slot]  # of the objects alone
 
-    def is_of(self, objects: list[PyTree]) -> bool:
-        """Tell whether it is what these objects are taken apart into, still."""
-        return _are_same(self.objects, objects) and self.watch.sees_no_change()
-
 
 class Graphs:
     """The graphs of one model, with and without other objects, as calls meet them."""
@@ -253,7 +249,7 @@ class Graphs:
     def find(self, objects: list[PyTree]) -> Found:
         """Return the model and ``objects`` as they are now, taken apart."""
         for found in self._recent:
-            if found.is_of(objects):
+            if _are_same(found.objects, objects) and found.watch.sees_no_change():
                 return found
         found = self._take_apart(objects)
         self._recent = [found, *self._recent][:MOST_RECENT]

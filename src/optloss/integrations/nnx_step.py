@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from optloss.integrations.nnx_graphs import Graph, Graphs, is_object
+from optloss.integrations.nnx_graphs import Graph, Graphs, without_objects
 from optloss.loss import Outcome
 from optloss.messages import refusal
 from optloss.train_op import Moved, Step, TrainOp, TrainOpState
@@ -40,47 +40,32 @@ class PureTrainOp(TrainOp):
     def _step(
         self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any
     ) -> Step:
-        if args and isinstance(args[0], Given):
+        """Make a step; where it is given a graph, its aux holds what changed, too."""
+        has_graph = bool(args) and isinstance(args[0], Given)
+        if has_graph:
             given, *args = args
-            return self._step_of(given, state, args, kwargs, shardings)
-        if any(map(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_object))):
+        elif without_objects((args, kwargs))[1]:
             problem = "takes no nnx objects, whose changes it cannot keep. Call the op."
             raise refusal("op.train_op", problem)
-        given = Given(self.graphs.find([]).graph, [])
-        new_state, output = self._step_of(given, state, args, kwargs, shardings)
-        return new_state, output._replace(aux=output.aux[0])
-
-    def _step_of(
-        self,
-        given: Given,
-        state: TrainOpState,
-        args: Any,
-        kwargs: Any,
-        shardings: Any,
-    ) -> Step:
-        """Make a step whose aux is the loss's and the changed values of objects."""
+        else:
+            given = Given(self.graphs.find([]).graph, [])
         loss = PureLoss(self.loss, given.graph, self.structure)
         op = dataclasses.replace(self, loss=loss)
         carried = Carried(state.model_state, given.values)
         state = state._replace(model_state=carried)
         state, output = super(PureTrainOp, op)._step(state, args, kwargs, shardings)
         variables, objects = state.model_state
-        changed = [v if i in loss.changed else None for i, v in enumerate(objects)]
-        output = output._replace(aux=(output.aux, changed))
+        if has_graph:
+            changed = [v if i in loss.changed else None for i, v in enumerate(objects)]
+            output = output._replace(aux=(output.aux, changed))
         return state._replace(model_state=variables), output
 
-    def _moved(
-        self,
-        state: TrainOpState,
-        outcome: Outcome,
-        trained: PyTree,
-        selected: list[bool],
-    ) -> Moved:
+    def _moved(self, state: TrainOpState, outcome: Outcome, trained: PyTree) -> Moved:
         carried = outcome.model_state
         if not isinstance(carried, Carried):  # apply_gradients calls no loss
-            return super()._moved(state, outcome, trained, selected)
+            return super()._moved(state, outcome, trained)
         outcome = outcome._replace(model_state=carried.variables)
-        moved = super()._moved(state, outcome, trained, selected)
+        moved = super()._moved(state, outcome, trained)
         carried = carried._replace(variables=moved.model_state)
         return moved._replace(model_state=carried)
 
