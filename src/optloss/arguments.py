@@ -8,6 +8,7 @@ with the text that describes it.
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import optax
 from optloss.averages import check_decay
 from optloss.extra import by_signature
 from optloss.groups import Table
-from optloss.knobs import check_knob, check_schedule, is_schedule
+from optloss.knobs import check_schedule, is_schedule
 from optloss.loss_scale import as_loss_scale
 from optloss.made_by import module_of, name_of, root
 from optloss.mesh import is_deleted
@@ -289,14 +290,12 @@ def _check_noise(call: str, given: Given) -> None:
     )
     if callable(scale) and root(scale) is add_gradient_noise:
         raise argument_error(call, "gradient_noise_scale", scale, f"must be {wanted}")
-    check_knob(
-        call,
-        "gradient_noise_scale",
-        scale,
-        lambda number: 0 <= number < float("inf"),
-        wanted,
-    )
-    check_schedule(call, "gradient_noise_scale", scale)
+    if is_schedule(scale):
+        check_schedule(call, "gradient_noise_scale", scale)
+    else:
+        check_number(
+            call, "gradient_noise_scale", scale, lambda n: 0 <= n < math.inf, wanted
+        )
 
 
 def _noise_stage(given: Given) -> Stage:

@@ -173,5 +173,4 @@ class Chain:
         return self.start.loss_scale.scale(self._inner(state).loss_scale)
 
     def _inner(self, state: PyTree) -> ChainState:
-        inner: ChainState = state.inner if self.start.is_guarded else state
-        return inner
+        return state.inner if self.start.is_guarded else state

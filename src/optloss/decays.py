@@ -560,8 +560,7 @@ def _normal(key: int | jax.Array, step: jax.Array, dtype: DTypeLike) -> jax.Arra
     def draw(step: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, step), (), dtype)
 
-    noise: jax.Array = jnp.vectorize(draw)(step.astype(jnp.uint32))
-    return noise
+    return jnp.vectorize(draw)(step.astype(jnp.uint32))
 
 
 def _as(like: jax.Array, value: Scalar) -> jax.Array:

@@ -77,8 +77,7 @@ def about_trained(
         given = extra["value_fn"]
 
         def value_fn(trained: PyTree, **others: PyTree) -> jax.Array:
-            value: jax.Array = given(fill_masked(trained, params), **others)
-            return value
+            return given(fill_masked(trained, params), **others)
 
         made["value_fn"] = functools.update_wrapper(value_fn, given)
     return made

@@ -10,7 +10,7 @@ the old one.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from optloss.mesh import all_devices, cond_on_mesh, is_traced, mean_of_devices
 from optloss.messages import argument_error, check_axis_name
 from optloss.norms import global_norm
 from optloss.spikes import Levels, SpikeRule
-from optloss.summaries import SKIPPED_CONSECUTIVE, SKIPPED_SPIKES, SKIPPED_TOTAL
 from optloss.trees import (
     inexact_only,
     is_transformation,
@@ -42,7 +41,7 @@ class SkipNonfiniteState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {SKIPPED_TOTAL: self.total, SKIPPED_CONSECUTIVE: self.consecutive}
+        return {"skipped/total": self.total, "skipped/consecutive": self.consecutive}
 
 
 class SkipSpikesState(NamedTuple):
@@ -57,16 +56,16 @@ class SkipSpikesState(NamedTuple):
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
         return {
-            SKIPPED_TOTAL: self.total,
-            SKIPPED_CONSECUTIVE: self.consecutive,
-            SKIPPED_SPIKES: self.spikes,
+            "skipped/total": self.total,
+            "skipped/consecutive": self.consecutive,
+            "skipped/spikes": self.spikes,
         }
 
 
 GuardState: TypeAlias = SkipNonfiniteState | SkipSpikesState
 
 
-def start_skipping(inner: PyTree, rule: SpikeRule | None = None) -> GuardState:
+def start_skipping(inner: PyTree, rule: SpikeRule | None) -> GuardState:
     """Return the state before the first update around the state ``inner``."""
     total, consecutive, spikes = (jnp.zeros((), jnp.int32) for _ in range(3))
     if rule is None:
@@ -74,36 +73,31 @@ def start_skipping(inner: PyTree, rule: SpikeRule | None = None) -> GuardState:
     return SkipSpikesState(total, consecutive, spikes, rule.start(), inner)
 
 
-class Verdict(NamedTuple):
-    """What is to become of an update."""
-
-    good: jax.Array  # bool [], whether it is made
-    finite: jax.Array  # bool []
-    state: Any  # the guard's, with its counters moved on
-
-
 def judge(
     state: GuardState,
     norm: jax.Array,
     loss: jax.Array | None,
     axis_name: AxisName,
-    rule: SpikeRule | None = None,
-) -> Verdict:
-    """Judge an update by the norm of its gradient and, where it is known, the loss."""
+    rule: SpikeRule | None,
+) -> tuple[jax.Array, jax.Array, PyTree]:
+    """Return whether an update is made, whether it is finite, and the state after it.
+
+    It is judged by the norm of its gradient and, where it is known, the loss.
+    """
     finite = jnp.isfinite(norm)
     if loss is not None:
         finite &= all_devices(jnp.isfinite(loss), axis_name)
     if rule is None or isinstance(state, SkipNonfiniteState):
-        return Verdict(finite, finite, count_skipped(state, finite))
+        return finite, finite, count_skipped(state, finite)
     if loss is not None:
         loss = mean_of_devices(loss, axis_name)
-    spike = rule.is_spike(state.levels, norm, loss)
+    spike = finite & rule.is_spike(state.levels, norm, loss)
     good = finite & ~spike
     counted = count_skipped(state, good)._replace(
-        spikes=state.spikes + (finite & spike),
-        levels=rule.after(state.levels, norm, loss, finite, spike),
+        spikes=state.spikes + spike,
+        levels=rule.after(state.levels, norm, loss, good, spike),
     )
-    return Verdict(good, finite, counted)
+    return good, finite, counted
 
 
 def count_skipped(state: GuardState, good: jax.Array) -> PyTree:
@@ -123,17 +117,15 @@ def update_if(good: jax.Array, update: Callable[[], T], old: T) -> T:
     """
 
     def new() -> T:
-        made: T = keep_dtypes(update(), old)
-        return made
+        return keep_dtypes(update(), old)
 
     if not is_traced(good):
         return new() if good else old
 
-    chosen: T = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         cpu=lambda: cond_on_mesh(good, new, lambda: old),
         default=lambda: optax.tree.where(good, new(), old),
     )
-    return chosen
 
 
 def guarded(

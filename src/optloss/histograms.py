@@ -94,38 +94,32 @@ class Histogram:
     @property
     def min(self) -> Part:
         """The smallest finite value."""
-        smallest: Part = self._parts[0]
-        return smallest
+        return self._parts[0]
 
     @property
     def max(self) -> Part:
         """The largest finite value."""
-        largest: Part = self._parts[1]
-        return largest
+        return self._parts[1]
 
     @property
     def num(self) -> Part:
         """How many values are finite."""
-        count: Part = self._parts[2]
-        return count
+        return self._parts[2]
 
     @property
     def sum(self) -> Part:
         """Their sum."""
-        total: Part = self._parts[3]
-        return total
+        return self._parts[3]
 
     @property
     def sum_squares(self) -> Part:
         """The sum of their squares."""
-        total: Part = self._parts[4]
-        return total
+        return self._parts[4]
 
     @property
     def nonfinite(self) -> Part:
         """How many values are NaN or infinite."""
-        count: Part = self._parts[5]
-        return count
+        return self._parts[5]
 
     @property
     def bucket_limits(self) -> Part:
@@ -146,8 +140,7 @@ class Histogram:
     @property
     def bucket_counts(self) -> Part:
         """How many values lie in each bucket."""
-        counts: Part = self._parts[7]
-        return counts
+        return self._parts[7]
 
     def __iter__(self) -> Iterator[Part]:
         """Yield the eight parts, in the order of the arguments."""

@@ -6,13 +6,7 @@ from typing import TypeGuard
 import jax
 import jax.numpy as jnp
 
-from optloss.messages import (
-    argument_error,
-    check_callable,
-    check_number,
-    is_real_scalar,
-    short_repr,
-)
+from optloss.messages import argument_error, check_callable, is_real_scalar, short_repr
 from optloss.typing import Scalar, Schedule
 
 SCHEDULE = "a schedule, a function step -> rate"
@@ -25,17 +19,13 @@ def is_schedule(value: object) -> TypeGuard[Schedule]:
 
 
 def check_knob(
-    call: str,
-    argument: str,
-    value: object,
-    accept: Callable[[float], bool],
-    requirement: str,
+    call: str, argument: str, value: object, check: Callable[..., None]
 ) -> None:
-    """Refuse ``value`` unless it is such a number, a 0-d array or a function."""
+    """Refuse ``value`` unless it is a function, or what ``check`` accepts."""
     if is_schedule(value):
         check_callable(call, argument, value, 1, KNOB)
     else:
-        check_number(call, argument, value, accept, requirement)
+        check(call, **{argument: value})
 
 
 def value_at(

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from optloss.messages import argument_error, check_int, is_number
-from optloss.summaries import LOSS_SCALE
 from optloss.trees import accumulator_dtype, map_inexact, real_dtype, to_float32
 from optloss.typing import PyTree
 
@@ -32,7 +31,7 @@ class LossScaleState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {LOSS_SCALE: self.scale}
+        return {"loss_scale": self.scale}
 
 
 @dataclasses.dataclass(frozen=True)

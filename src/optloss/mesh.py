@@ -173,8 +173,7 @@ def all_devices(holds: jax.Array, axis_name: AxisName) -> jax.Array:
 def mean_of_devices(value: jax.Array, axis_name: AxisName) -> jax.Array:
     """Return the mean of ``value`` over the devices along ``axis_name``."""
     over = varying_axes(value, axes_of(axis_name))
-    mean: jax.Array = jax.lax.pmean(value, over) if over else value
-    return mean
+    return jax.lax.pmean(value, over) if over else value
 
 
 def cond_on_mesh(
@@ -226,16 +225,14 @@ def shard_state(state: T, params: PyTree) -> T:
             return _put(leaf, parameter.sharding)
         return _put(leaf, _everywhere(home, leaf))
 
-    placed: T = jax.tree_util.tree_map_with_path(place, state)
-    return placed
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def put_like(new: jax.Array, old: PyTree) -> jax.Array:
     """Return ``new`` on the devices of ``old``; elsewhere it costs a compilation."""
     if is_traced(new) or is_traced(old) or not _is_committed(old):
         return new
-    placed: jax.Array = jax.device_put(new, old.sharding)
-    return placed
+    return jax.device_put(new, old.sharding)
 
 
 def _put(leaf: jax.Array, sharding: Sharding) -> jax.Array:
@@ -280,8 +277,7 @@ def _place_traced(
     if home is not None:
         beside = parameter is not None
         sharding = jax.typeof(parameter).sharding if beside else _everywhere(home, leaf)
-        spread: jax.Array = jax.sharding.reshard(leaf, sharding)
-        return spread
+        return jax.sharding.reshard(leaf, sharding)
     if parameter is None or not jnp.issubdtype(parameter.dtype, jnp.inexact):
         return leaf
     return jnp.where(never(parameter), jnp.ones((), leaf.dtype), leaf)

@@ -133,8 +133,7 @@ def _function_name(function: Any) -> str:
     library = (getattr(function, "__module__", None) or "").split(".")[0]
     maker, local, _ = getattr(function, "__qualname__", "").partition(".<locals>")
     is_made = bool(local) and library in ("optax", "optloss")
-    name: str = maker if is_made else function.__name__
-    return name
+    return maker if is_made else function.__name__
 
 
 def is_encodable(text: str) -> bool:
@@ -235,6 +234,13 @@ def check_at_least_zero(call: str, cure: str = "", /, **arguments: object) -> No
     wanted = f"a finite real number >= 0 or a 0-d array. {cure}".rstrip()
     for name, value in arguments.items():
         check_number(call, name, value, lambda n: 0 <= n < math.inf, wanted)
+
+
+def check_bound(call: str, /, **arguments: object) -> None:
+    """Refuse ``arguments`` unless each is a number >= 0, inf too, or a 0-d array."""
+    wanted = "a real number >= 0 or a 0-d array. Use inf to measure the norm alone."
+    for name, value in arguments.items():
+        check_number(call, name, value, lambda n: n >= 0, wanted)
 
 
 def check_positive(call: str, cure: str = "", /, **arguments: object) -> None:

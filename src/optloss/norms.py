@@ -83,11 +83,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:
 
 
 def leaf_norms(tree: PyTree, *, axis_name: AxisName = None) -> list[jax.Array]:
-    """Return the norm of each floating or complex leaf, in the order of the tree.
-
-    Where the global norm of ``tree`` is computed, too, XLA merges the two: there is one
-    pass over the values.
-    """
+    """Return the norm of each floating or complex leaf, in the order of the tree."""
     leaves, dtype = inexact_leaves(tree), norm_dtype(tree)
     full = [leaf for leaf in leaves if leaf.size]
     found = iter(_norms(full, axes_of(axis_name), dtype, True) if full else [])
@@ -127,12 +123,11 @@ def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
     def one_sum() -> Leaves:
         plain = [total for (total,) in sums(1.0)]
         fine = [(total != jnp.inf) & ~(total < least) for total in plain]
-        roots: Leaves = cond_on_mesh(
+        return cond_on_mesh(
             functools.reduce(jnp.logical_and, fine),
             lambda: [*map(jnp.sqrt, plain)],
             three_sums if dtype == jnp.float64 else in_float64,
         )
-        return roots
 
     def in_float64() -> Leaves:
         # Constant scales would be written to memory in the shape of each leaf.
@@ -143,13 +138,12 @@ def _measure(leaves: Leaves, axes: Axes, dtype: DType, each: bool) -> Leaves:
     one_all_reduce = axes or explicit_axes(leaves)[1]
     # A GPU has fewer kernels for one reduction of three operands.
     on_a_gpu = functools.partial(three_sums, at_once=True)
-    norms: Leaves = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         cpu=three_sums if one_all_reduce else one_sum,
         cuda=on_a_gpu,
         rocm=on_a_gpu,
         default=three_sums,
     )
-    return norms
 
 
 @_measure.defjvp
@@ -204,8 +198,7 @@ def _totals(
         return math.prod(jax.lax.axis_size(axis) for axis in used if axis not in own)
 
     rows = [list(row) for row in zip(leaves, *beside, strict=True)]
-    found: list[Leaves] = reduce_over_mesh(here, rows, axes)
-    return found
+    return reduce_over_mesh(here, rows, axes)
 
 
 def _add(numbers: Sequence[jax.Array]) -> jax.Array:
@@ -222,13 +215,12 @@ def _squares(parts: Leaves, scale: float) -> jax.Array:
 
 def _sum_at_once(values: Leaves) -> Leaves:
     zeros = [jnp.zeros((), value.dtype) for value in values]
-    sums: Leaves = jax.lax.reduce(
+    return jax.lax.reduce(
         values,
         zeros,
         lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
         range(values[0].ndim),
     )
-    return sums
 
 
 def _real_parts(leaf: jax.Array, dtype: DType) -> Leaves:

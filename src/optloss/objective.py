@@ -37,8 +37,7 @@ class Objective:
         found = call_loss(
             self.loss, params, self.model_state, self.ops_follow, self.args, self.kwargs
         )
-        value: jax.Array = found.loss
-        return value
+        return found.loss
 
     def gradient(
         self, trained: PyTree, value_and_grad: ValueAndGrad, scale: jax.Array | None

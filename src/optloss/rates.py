@@ -77,8 +77,7 @@ def set_learning_rate(state: T, value: Scalar | Mapping[str, Scalar]) -> T:
     for i, node in enumerate(nodes):
         if isinstance(node, LearningRateState):
             nodes[i] = node._replace(base=_replaced(node.base, new))
-    changed: T = jax.tree.unflatten(structure, nodes)
-    return changed
+    return jax.tree.unflatten(structure, nodes)
 
 
 def get_learning_rate(state: PyTree) -> jax.Array | Any:
@@ -183,6 +182,5 @@ def _replaced(base: PyTree, new: Mapping[str | None, Scalar]) -> PyTree:
 
 def _beside(old: PyTree, value: Scalar) -> jax.Array:
     if hasattr(old, "get_value"):  # the Variable that an nnx.Optimizer wraps it in
-        beside: jax.Array = old.replace(_beside(old.get_value(), value))
-        return beside
+        return old.replace(_beside(old.get_value(), value))
     return put_like(jnp.array(value, old.dtype, copy=True), old)

@@ -73,28 +73,25 @@ class SpikeRule:
         levels: Levels,
         norm: jax.Array,
         loss: jax.Array | None,
-        finite: jax.Array,
+        good: jax.Array,
         spike: jax.Array,
     ) -> Levels:
         """Return the levels after an update: what is skipped enters none."""
-        made = finite & ~spike
         # The logarithm of a norm of zero is infinite: it is not observed.
-        seen = made & (norm > 0)
+        seen = good & (norm > 0)
         log_norm = jnp.log(jnp.where(seen, norm, 1).astype(jnp.float32))
         followed = levels._replace(
             log_norm=self._follow(levels.log_norm, log_norm, seen)
         )
         if loss is not None:
-            value = jnp.where(made, loss, 0).astype(jnp.float32)
-            followed = followed._replace(loss=self._follow(levels.loss, value, made))
-        skipped = levels.in_a_row + (finite & spike)
-        in_a_row = jnp.where(made, 0, skipped)
+            value = jnp.where(good, loss, 0).astype(jnp.float32)
+            followed = followed._replace(loss=self._follow(levels.loss, value, good))
+        in_a_row = jnp.where(good, 0, levels.in_a_row + spike)
         # A rise that lasts is the new level.
         gives_in = in_a_row >= self.patience
-        now: Levels = optax.tree.where(
+        return optax.tree.where(
             gives_in, self.start(), followed._replace(in_a_row=in_a_row)
         )
-        return now
 
     def _far_above(
         self, level: Level, value: jax.Array, least: float | jax.Array
@@ -112,8 +109,7 @@ class SpikeRule:
             mean=level.mean + (1 - decay) * ahead,
             variance=decay * (level.variance + (1 - decay) * ahead**2),
         )
-        chosen: Level = optax.tree.where(seen, followed, level)
-        return chosen
+        return optax.tree.where(seen, followed, level)
 
 
 def as_spike_rule(call: str, value: Scalar | bool | None) -> SpikeRule | None:

@@ -2,7 +2,7 @@
 
 A transform publishes what it measured by a method of its state, ``measurements()``,
 that returns a dict from tag to scalar. :func:`get_summaries` finds such states wherever
-they are wrapped, so nothing has to be computed, or passed along, a second time.
+they are wrapped.
 """
 
 from __future__ import annotations
@@ -23,22 +23,9 @@ from optloss.trees import inexact_leaves
 from optloss.typing import AxisName, PyTree, Summaries
 
 LEARNING_RATE = "learning_rate"
-LOSS = "loss"
 GRADIENT_NORM = "global_norm/gradient_norm"
 CLIPPED_GRADIENT_NORM = "global_norm/clipped_gradient_norm"
-PARAMETER_GRADIENT_NORM = "gradient_norm"
-PARAMETER_GRADIENTS = "gradients"
-CLIP_FACTOR = "clip_factor"
-CLIPPED_SHARE = "clipped_share"
 CLIP_THRESHOLD = "clip_threshold"
-ADAPTIVE_MAX_NORM = "global_norm/adaptive_max_gradient_norm"
-ADAPTIVE_MEAN = "adaptive/mean"
-ADAPTIVE_SQ_MEAN = "adaptive/sq_mean"
-NOISE_STD = "noise_std"
-SKIPPED_TOTAL = "skipped/total"
-SKIPPED_CONSECUTIVE = "skipped/consecutive"
-SKIPPED_SPIKES = "skipped/spikes"
-LOSS_SCALE = "loss_scale"
 
 OPTIMIZER_SUMMARIES: Summaries = (
     "learning_rate",
@@ -108,8 +95,8 @@ def clip_measurements(state: PyTree) -> dict[str, jax.Array]:
     return {
         GRADIENT_NORM: state.norm,
         CLIPPED_GRADIENT_NORM: state.norm * state.factor,
-        CLIP_FACTOR: state.factor,
-        CLIPPED_SHARE: state.clipped / jnp.maximum(state.step, 1),
+        "clip_factor": state.factor,
+        "clipped_share": state.clipped / jnp.maximum(state.step, 1),
     }
 
 
@@ -191,7 +178,7 @@ def step_summaries(
     """
     found: dict[str, jax.Array | Histogram] = {}
     if "loss" in asked.summaries and loss is not None:
-        found[LOSS] = loss
+        found["loss"] = loss
     if "learning_rate" in asked.summaries:
         found |= rates
     if measured is not None and asked.norms:
@@ -223,22 +210,19 @@ def _norms(asked: Asked, measured: Measured) -> dict[str, jax.Array]:
         tree = clipped if by is None else gradients
         norms = leaf_norms(tree, axis_name=asked.axis_name)
         for name, one in zip(inexact_names(tree), norms, strict=True):
-            found[f"{PARAMETER_GRADIENT_NORM}/{name}"] = one if by is None else one * by
+            found[f"gradient_norm/{name}"] = one if by is None else one * by
     return found
 
 
 def _histograms(
     asked: Asked, gradients: PyTree, step: jax.Array | None
 ) -> dict[str, Histogram]:
-    names, leaves = inexact_names(gradients), inexact_leaves(gradients)
-
     def counted() -> Stacked:
+        pairs = zip(inexact_names(gradients), inexact_leaves(gradients), strict=True)
         return Stacked.of(
             {
-                f"{PARAMETER_GRADIENTS}/{name}": histogram(
-                    leaf, axis_name=asked.axis_name
-                )
-                for name, leaf in zip(names, leaves, strict=True)
+                f"gradients/{name}": histogram(leaf, axis_name=asked.axis_name)
+                for name, leaf in pairs
             }
         )
 

@@ -257,8 +257,7 @@ class TrainOp:
         """
         state = _checked("train_op", state)
         with clear_if_deleted("train_op(state)", state):
-            step: Step = self._compiled(state, *args, **kwargs)
-            return step
+            return self._compiled(state, *args, **kwargs)
 
     @functools.cached_property
     def _compiled(self) -> CompiledStep:
@@ -338,10 +337,9 @@ class TrainOp:
         call = "train_op.apply_gradients"
         state = _checked(call, state)
         with clear_if_deleted(f"{call}(state)", state):
-            step: Step = self._compiled_application(
+            return self._compiled_application(
                 state, only_arrays(gradients), loss, aux, model_state
             )
-            return step
 
     @functools.cached_property
     def _compiled_application(self) -> CompiledStep:

@@ -100,7 +100,7 @@ def add_normals(
         return []
     shard_ids = [None] * len(leaves) if shard_ids is None else shard_ids
     different = {id(shard): shard for shard in shard_ids}
-    noisy: Leaves = _add(
+    return _add(
         list(leaves),
         jnp.asarray(std),
         key_data,
@@ -110,7 +110,6 @@ def add_normals(
         names=tuple(names),
         owners=tuple(list(different).index(id(shard)) for shard in shard_ids),
     )
-    return noisy
 
 
 # Outside of jit the branches would be compiled at every call.
@@ -155,8 +154,7 @@ def _add(
         keys = [tables[owner][i] for i, owner in enumerate(owners)]
         return _add_each(leaves, std, keys, sampler)
 
-    noisy: Leaves = lax.platform_dependent(cpu=on_a_cpu, default=elsewhere)
-    return noisy
+    return lax.platform_dependent(cpu=on_a_cpu, default=elsewhere)
 
 
 def _add_each(leaves: Leaves, std: jax.Array, keys: Leaves, sampler: Sampler) -> Leaves:
@@ -182,10 +180,7 @@ def _add_in_a_branch(
         # A branch that returned the leaf itself would have it copied.
         return [jnp.where(std != 0, std.astype(x.dtype), x) for x in leaves]
 
-    noisy: Leaves = cond_on_mesh(
-        enabled, lambda: _add_each(leaves, std, keys, sampler), silent
-    )
-    return noisy
+    return cond_on_mesh(enabled, lambda: _add_each(leaves, std, keys, sampler), silent)
 
 
 def _add_together(

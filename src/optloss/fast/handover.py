@@ -66,8 +66,7 @@ def empty_like(shapes: Stacked) -> Stacked:
         row = _pack(histogram(jnp.zeros(0, dtype)))
         return vary_over(jnp.broadcast_to(row, stack.shape), varying(stack))
 
-    made: Stacked = jax.tree.map(empty, shapes)
-    return made
+    return jax.tree.map(empty, shapes)
 
 
 class _Row(Sequence[jax.Array | None]):

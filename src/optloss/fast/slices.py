@@ -42,20 +42,18 @@ def slices(
 
     if not array.size or not is_traced(array):
         return plain()
-    found: list[jax.Array] = lax.platform_dependent(cpu=on_a_cpu, default=plain)
-    return found
+    return lax.platform_dependent(cpu=on_a_cpu, default=plain)
 
 
 @jax.custom_jvp
 def _hold(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ``array``, computed before anything reads it, and a 0 XLA cannot know."""
     # Read inside of the loop: another reader would have the array computed twice.
-    held: tuple[jax.Array, jax.Array] = lax.while_loop(
+    return lax.while_loop(
         lambda carry: never(jnp.ravel(carry[0])[0]),
         lambda carry: (carry[0] + carry[0], carry[1] + jnp.uint32(1)),
         (array, jnp.uint32(0)),
     )
-    return held
 
 
 @_hold.defjvp
@@ -70,5 +68,4 @@ def _hide(number: int, zero: jax.Array) -> jax.Array:
     """Return ``number`` as a scalar that XLA cannot fold into a kernel."""
     # XLA sees through equal and evenly spaced numbers.
     several = np.array([number, number + 1, number], np.uint32)
-    hidden: jax.Array = lax.dynamic_index_in_dim(several, zero, keepdims=False)
-    return hidden
+    return lax.dynamic_index_in_dim(several, zero, keepdims=False)

@@ -123,5 +123,4 @@ class TrainState(train_state.TrainState):
         # The step of a jitted loop must keep its tx: it is part of the cache key.
         fields.setdefault("tx", self.tx)
         flax_state: Any = super(TrainState, seeing)
-        state: Self = flax_state.apply_gradients(grads=grads, **fields)
-        return state
+        return flax_state.apply_gradients(grads=grads, **fields)

@@ -339,8 +339,7 @@ def _on_one_device(leaf: jax.Array) -> jax.Array:
     if not leaf.is_fully_replicated:
         leaf = jax.device_put(leaf, leaf.addressable_shards[0].device)
     # The type of an array with Explicit axes outlives the move; that of its shard not.
-    alone: jax.Array = leaf.addressable_data(0)
-    return alone
+    return leaf.addressable_data(0)
 
 
 @jax.jit
@@ -357,8 +356,7 @@ def _unpack(packed: _Packed) -> dict[str, PyTree]:
         ends = np.cumsum([math.prod(leaves[i]) for i in places])
         for i, part in zip(places, np.split(vector, ends[:-1]), strict=True):
             leaves[i] = part.reshape(leaves[i])
-    summaries: dict[str, PyTree] = jax.tree.unflatten(packed.structure, leaves)
-    return summaries
+    return jax.tree.unflatten(packed.structure, leaves)
 
 
 def _row(value: PyTree, row: int | None) -> PyTree:

@@ -21,7 +21,6 @@ This is AdaGC. What differs from the paper and the authors' code:
   embedding whose words did not occur.
 * A leaf that has no history after the warm-up, because its gradient was always zero, is
   held to ``absolute`` until it has one.
-* A gradient whose global norm is not finite is passed on, and no norm of it enters.
 * The paper and the code disagree on what enters in the warm-up, the norm after the clip
   or before it. Here it is the norm after the clip, as in the paper.
 """
@@ -147,11 +146,10 @@ def adagc(
 
     def init(params: optax.Params) -> AdaGCState:
         dtype = norm_dtype(params)
-        count = jnp.zeros((), jnp.int32)
         return AdaGCState(
-            step=count,
-            clipped=count.copy(),
-            observed=count.copy(),
+            step=jnp.zeros((), jnp.int32),
+            clipped=jnp.zeros((), jnp.int32),
+            observed=jnp.zeros((), jnp.int32),
             means=jnp.full(len(inexact_leaves(params)), jnp.inf, dtype),
             norm=jnp.zeros((), dtype),
             factor=jnp.ones((), dtype),

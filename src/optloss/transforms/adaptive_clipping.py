@@ -17,9 +17,8 @@ This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
   every later gradient NaN.
 * ``statistics="previous"`` compares with the averages from *before* this gradient. The
   original compares with averages that contain it, so that a spike raises the threshold
-  it is held against: with decay :math:`d` no spike of any size is cut unless :math:`d /
-  (1 - d) > k^2`. Here every spike is, and what is cut enters the averages as the
-  threshold, no higher: a single spike leaves hardly a trace, while norms that go on
+  it is held against. Here every spike is cut, and what is cut enters the averages as
+  the threshold, no higher: a single spike leaves hardly a trace, while norms that go on
   being high still raise the threshold step by step.
 """
 
@@ -45,17 +44,9 @@ from optloss.messages import (
     is_real_scalar,
 )
 from optloss.norms import global_norm
-from optloss.summaries import (
-    ADAPTIVE_MAX_NORM,
-    ADAPTIVE_MEAN,
-    ADAPTIVE_SQ_MEAN,
-    CLIP_THRESHOLD,
-    clip_measurements,
-)
+from optloss.summaries import CLIP_THRESHOLD, clip_measurements
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import AxisName, PyTree
-
-STATISTICS = ("current", "previous")
 
 BURN_IN = 5
 """Norms that ``statistics="previous"`` wants to have seen before it cuts one."""
@@ -82,9 +73,9 @@ class AdaptiveClippingState(NamedTuple):
         """Return the scalars to publish, by their summary tags."""
         return {
             **clip_measurements(self),
-            ADAPTIVE_MAX_NORM: self.max_norm,
-            ADAPTIVE_MEAN: self.mean,
-            ADAPTIVE_SQ_MEAN: self.sq_mean,
+            "global_norm/adaptive_max_gradient_norm": self.max_norm,
+            "adaptive/mean": self.mean,
+            "adaptive/sq_mean": self.sq_mean,
             CLIP_THRESHOLD: self.max_norm,
         }
 
@@ -211,22 +202,21 @@ def adaptive_clipping(
     )
     if not is_flag:
         check_bool(call, "decay_warmup", decay_warmup)
-    check_choice(call, "statistics", statistics, STATISTICS)
+    check_choice(call, "statistics", statistics, ("current", "previous"))
     check_axis_name(call, axis_name)
     previous = statistics == "previous"
     kind = PreviousClippingState if previous else AdaptiveClippingState
 
     def init(params: optax.Params) -> AdaptiveClippingState | PreviousClippingState:
         dtype = norm_dtype(params)
-        count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
         start = AdaptiveClippingState(
-            step=count,
-            clipped=count.copy(),
-            observed=count.copy(),
-            mean=scalar,
-            sq_mean=scalar.copy(),
+            step=jnp.zeros((), jnp.int32),
+            clipped=jnp.zeros((), jnp.int32),
+            observed=jnp.zeros((), jnp.int32),
+            mean=jnp.zeros((), dtype),
+            sq_mean=jnp.zeros((), dtype),
             max_norm=jnp.full((), jnp.finfo(dtype).max, dtype),
-            norm=scalar.copy(),
+            norm=jnp.zeros((), dtype),
             factor=jnp.ones((), dtype),
         )
         return kind(*start)
@@ -287,8 +277,9 @@ def adaptive_clipping(
         state = AdaptiveClippingState(*state)
         norm = gradient_norm.astype(state.norm.dtype)
         highest, target = log_threshold(state.mean, state.sq_mean), state.mean
+        info = jnp.finfo(norm.dtype)
         # No infinity, which `jax_debug_infs` would take for a fault.
-        unbounded = _largest_log(norm.dtype)
+        unbounded = math.log(float(info.max)) * (1 - 2 * float(info.eps))
         if previous:
             highest = jnp.where(state.observed < BURN_IN, unbounded, highest)
         mean, sq_mean = follow(state, norm, highest, step)
@@ -297,7 +288,7 @@ def adaptive_clipping(
         bound = jnp.where(
             highest < unbounded,
             jnp.exp(jnp.minimum(highest, unbounded)),
-            jnp.finfo(norm.dtype).max,
+            info.max,
         )
         factor = factor_for(norm, bound, jnp.exp(target))
         after = AdaptiveClippingState(
@@ -313,8 +304,3 @@ def adaptive_clipping(
         return scale_leaves(updates, factor), kind(*after)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _largest_log(dtype: DTypeLike) -> float:
-    info = jnp.finfo(dtype)
-    return math.log(float(info.max)) * (1 - 2 * float(info.eps))

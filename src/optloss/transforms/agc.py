@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from optloss.mesh import Axes, axes_of, varying_axes
-from optloss.messages import check_axis_name, check_number, check_positive, refusal
+from optloss.messages import check_axis_name, check_bound, check_positive, refusal
 from optloss.names import as_patterns, first_match, inexact_names, leaf_names
 from optloss.norms import global_norm, shrink_factor
 from optloss.summaries import clip_measurements
@@ -132,13 +132,7 @@ def agc(
         Without Normalization*, 2021, arXiv:2102.06171, section 4, and ``agc_optax.py``
         of the authors' code.
     """
-    check_number(
-        "agc",
-        "clipping",
-        clipping,
-        lambda number: number >= 0,
-        "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
-    )
+    check_bound("agc", clipping=clipping)
     check_positive("agc", epsilon=epsilon)
     check_axis_name("agc", axis_name)
     patterns = as_patterns("agc", "exclude", exclude)
@@ -149,11 +143,10 @@ def agc(
         for pattern in patterns:
             first_match("agc, exclude", [pattern], names)
         dtype = norm_dtype(params)
-        count = jnp.zeros((), jnp.int32)
         return AGCState(
-            step=count,
-            clipped=count.copy(),
-            observed=count.copy(),
+            step=jnp.zeros((), jnp.int32),
+            clipped=jnp.zeros((), jnp.int32),
+            observed=jnp.zeros((), jnp.int32),
             norm=jnp.zeros((), dtype),
             factor=jnp.ones((), dtype),
         )

@@ -122,11 +122,10 @@ def autoclip(
 
     def init(params: optax.Params) -> AutoClipState:
         dtype = norm_dtype(params)
-        count = jnp.zeros((), jnp.int32)
         return AutoClipState(
-            step=count,
-            clipped=count.copy(),
-            observed=count.copy(),
+            step=jnp.zeros((), jnp.int32),
+            clipped=jnp.zeros((), jnp.int32),
+            observed=jnp.zeros((), jnp.int32),
             history=jnp.full(history, jnp.inf, dtype),
             max_norm=jnp.full((), jnp.inf, dtype),
             norm=jnp.zeros((), dtype),

@@ -13,6 +13,7 @@ from optloss.knobs import check_knob, value_at
 from optloss.messages import (
     argument_error,
     check_axis_name,
+    check_bound,
     check_callable,
     is_number,
     refusal,
@@ -99,13 +100,7 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, *On the difficulty of training recurrent neural
         networks*, 2013, arXiv:1211.5063, Algorithm 1.
     """
-    check_knob(
-        "clip_by_global_norm",
-        "max_norm",
-        max_norm,
-        lambda number: number >= 0,
-        "a real number >= 0 or a 0-d array. Use inf to measure the norm alone.",
-    )
+    check_knob("clip_by_global_norm", "max_norm", max_norm, check_bound)
     check_axis_name("clip_by_global_norm", axis_name)
 
     def init(params: optax.Params) -> ClipState:

@@ -11,7 +11,7 @@ import optax
 
 from optloss.extra import by_signature
 from optloss.hyperparams import Factory, check_rate_is_outside
-from optloss.knobs import SCHEDULE, check_scalar, is_schedule
+from optloss.knobs import SCHEDULE, check_scalar, is_schedule, value_at
 from optloss.messages import (
     argument_error,
     check_at_least_zero,
@@ -197,8 +197,7 @@ def with_rate(
 
     def rate_at(base: jax.Array, step: jax.Array) -> Scalar:
         if callable(learning_rate):
-            result = learning_rate(step)
-            return check_scalar(call, "learning_rate", learning_rate, result)
+            return value_at(call, "learning_rate", learning_rate, step)
         if decay_fn is None:
             return base
         return check_scalar(call, "decay_fn", decay_fn, decay_fn(base, step))

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from optloss.knobs import check_knob, is_schedule, value_at
-from optloss.messages import argument_error, check_int, check_number, is_number, quoted
+from optloss.messages import (
+    argument_error,
+    check_finite,
+    check_int,
+    check_number,
+    is_number,
+    quoted,
+)
 from optloss.names import first_match, is_pattern, leaf_names
 from optloss.trees import increment, is_inexact, scale_leaves
 from optloss.typing import Multipliers, PyTree, Scalar
@@ -147,13 +154,7 @@ def check_multipliers(call: str, argument: str, multipliers: object) -> None:
                 multipliers,
                 f"the key {quoted(pattern)} is neither a name nor a compiled pattern.",
             )
-        check_knob(
-            call,
-            f"{argument}[{quoted(pattern)}]",
-            value,
-            lambda number: abs(number) < float("inf"),
-            "a finite real number or a 0-d array.",
-        )
+        check_knob(call, f"{argument}[{quoted(pattern)}]", value, check_finite)
 
 
 def layerwise_decay(rate: float, pattern: str, num_layers: int) -> dict[str, float]:

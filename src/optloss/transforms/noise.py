@@ -11,7 +11,7 @@ import optax
 
 from optloss.fast.draws import add_normals, split_key
 from optloss.knobs import check_knob, value_at
-from optloss.mesh import Axes, axes_of, shard_index, varying_axes
+from optloss.mesh import axes_of, shard_index, varying_axes
 from optloss.messages import (
     check_at_least_zero,
     check_axis_name,
@@ -20,11 +20,8 @@ from optloss.messages import (
     is_number,
 )
 from optloss.names import check_names, inexact_names
-from optloss.summaries import NOISE_STD
 from optloss.trees import increment, inexact_leaves, merge_inexact
 from optloss.typing import AxisName, PyTree, Scalar, Schedule
-
-DISTRIBUTIONS = ("normal", "truncated_normal")
 
 
 class NoiseState(NamedTuple):
@@ -36,7 +33,7 @@ class NoiseState(NamedTuple):
 
     def measurements(self) -> dict[str, jax.Array]:
         """Return the scalars to publish, by their summary tags."""
-        return {NOISE_STD: self.noise_std}
+        return {"noise_std": self.noise_std}
 
 
 def add_gradient_noise(
@@ -103,15 +100,10 @@ def add_gradient_noise(
         Neelakantan et al., *Adding Gradient Noise Improves Learning for Very Deep
         Networks*, 2015, arXiv:1511.06807, section 3 (there :math:`\eta = s^2`).
     """
-    check_knob(
-        "add_gradient_noise",
-        "scale",
-        scale,
-        lambda number: 0 <= number < float("inf"),
-        "a finite real number >= 0 or a 0-d array.",
-    )
+    check_knob("add_gradient_noise", "scale", scale, check_at_least_zero)
     check_at_least_zero("add_gradient_noise", annealing=annealing)
-    check_choice("add_gradient_noise", "distribution", distribution, DISTRIBUTIONS)
+    known = ("normal", "truncated_normal")
+    check_choice("add_gradient_noise", "distribution", distribution, known)
     check_key("add_gradient_noise", "key", key)
     check_axis_name("add_gradient_noise", axis_name)
     axes = axes_of(axis_name)
@@ -146,6 +138,7 @@ def add_gradient_noise(
         if silent:
             return updates, new_state
         leaves = inexact_leaves(updates)
+        index = functools.cache(shard_index)  # leaves that share one share the array
         noisy = add_normals(
             leaves,
             std,
@@ -154,13 +147,8 @@ def add_gradient_noise(
             state.step,
             inexact_names(updates),
             distribution=distribution,
-            shard_ids=_shard_ids(leaves, axes),
+            shard_ids=[index(varying_axes(leaf, axes)) for leaf in leaves],
         )
         return merge_inexact(noisy, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _shard_ids(leaves: list[jax.Array], axes: Axes) -> list[jax.Array | None]:
-    index = functools.cache(shard_index)  # leaves that share one share the array
-    return [index(varying_axes(leaf, axes)) for leaf in leaves]

@@ -52,8 +52,6 @@ from optloss.summaries import CLIP_THRESHOLD, clip_measurements
 from optloss.trees import increment, norm_dtype, scale_leaves
 from optloss.typing import AxisName, PyTree, Scalar
 
-MODES = ("adaptive", "mean", "threshold")
-
 
 class ZClipState(NamedTuple):
     """The running statistics, and what was measured at the latest update."""
@@ -138,20 +136,19 @@ def zclip(
     check_positive("zclip", z_threshold=z_threshold)
     check_below_one("zclip", "0.97 averages over some 33 updates.", alpha=alpha)
     check_whole("zclip", 1, warmup=warmup)
-    check_choice("zclip", "mode", mode, MODES)
+    check_choice("zclip", "mode", mode, ("adaptive", "mean", "threshold"))
     check_axis_name("zclip", axis_name)
 
     def init(params: optax.Params) -> ZClipState:
         dtype = norm_dtype(params)
-        count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
         return ZClipState(
-            step=count,
-            clipped=count.copy(),
-            observed=count.copy(),
-            mean=scalar,
-            std=scalar.copy(),
+            step=jnp.zeros((), jnp.int32),
+            clipped=jnp.zeros((), jnp.int32),
+            observed=jnp.zeros((), jnp.int32),
+            mean=jnp.zeros((), dtype),
+            std=jnp.zeros((), dtype),
             max_norm=jnp.full((), jnp.inf, dtype),
-            norm=scalar.copy(),
+            norm=jnp.zeros((), dtype),
             factor=jnp.ones((), dtype),
         )
 
