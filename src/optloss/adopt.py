@@ -9,6 +9,7 @@ all, with one exception: parameters that the old run did not train start afresh 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optloss.mesh import is_traced, put_like
-from optloss.messages import listing, short_repr
+from optloss.messages import argument_error, listing
 from optloss.names import leaf_names
 from optloss.state_nodes import Node, Place, Reader, node_types, numbered
 from optloss.trees import own_copy
 from optloss.typing import PyTree
 
 Entry = tuple[str, str]  # field and parameter's name
-Init = Callable[[PyTree, PyTree], Any]
 
 
 def carry_over(
@@ -101,9 +101,19 @@ def carry(
     return jax.tree.unflatten(jax.tree.structure(new), made), *names
 
 
-def adopt_state(call: str, init: Init, old: Any, params: PyTree) -> Any:
+def adopt_state(init: Callable[..., Any], old: Any, params: PyTree) -> Any:
     """Return the state of ``init`` with all of the state ``old`` that fits it."""
-    fields = _state_fields(call, old)
+    call = "train_op.adopt"
+    fields = old if isinstance(old, Mapping) else getattr(old, "_asdict", dict)()
+    if not {"params", "opt_state"} <= set(fields):
+        raise argument_error(
+            call,
+            "old_state",
+            old,
+            "must be a TrainOpState, or the dict with its fields that a checkpointer "
+            "made of one. For the state of a chain alone there is "
+            "optloss.carry_over(old_opt_state, state.opt_state).",
+        )
     params = _adopted_params(fields["params"], params)
     fresh = init(params, fields.get("model_state"))
     containers = node_types(params)
@@ -115,17 +125,6 @@ def adopt_state(call: str, init: Init, old: Any, params: PyTree) -> Any:
     if step is not None and old_step is not None:
         step = _beside(old_step, step)
     return fresh._replace(step=step, opt_state=opt_state, average=average)
-
-
-def _state_fields(call: str, old: Any) -> Mapping[str, Any]:
-    fields = old if isinstance(old, Mapping) else getattr(old, "_asdict", dict)()
-    if not {"params", "opt_state"} <= set(fields):
-        raise ValueError(
-            f"{call}(old_state={short_repr(old)}): must be a TrainOpState, or the dict "
-            "with its fields that a checkpointer made of one. For the state of a chain "
-            "alone there is optloss.carry_over(old_opt_state, state.opt_state)."
-        )
-    return fields
 
 
 def _adopted_params(old: PyTree, params: PyTree) -> PyTree:
@@ -239,7 +238,8 @@ def _read(leaves: list[Any], place: Place) -> Any:
     leaf = leaves[place.leaf]
     if place.start is None:
         return leaf
-    return leaf[place.start : place.start + place.size].reshape(place.shape)
+    end = place.start + math.prod(place.shape)
+    return leaf[place.start : end].reshape(place.shape)
 
 
 def _written(
@@ -247,18 +247,15 @@ def _written(
 ) -> list[Any]:
     """Return ``leaves`` with what is kept in its place, all of them copies."""
     made = list(leaves)
-    packed: dict[int, list[Place]] = {}
+    packed: dict[int, list[jax.Array]] = {}
     for place in places:
-        if place.start is not None:
-            packed.setdefault(place.leaf, []).append(place)
-        elif place in kept:
-            made[place.leaf] = kept[place]
-    for index, slots in packed.items():
-        if any(slot in kept for slot in slots):
-            pieces = [kept.get(slot, _read(leaves, slot)) for slot in slots]
-            made[index] = jnp.concatenate(
-                [jnp.ravel(piece).astype(leaves[index].dtype) for piece in pieces]
-            )
+        value = kept[place] if place in kept else _read(leaves, place)
+        if place.start is None:
+            made[place.leaf] = value
+        else:
+            packed.setdefault(place.leaf, []).append(jnp.ravel(value))
+    for index, pieces in packed.items():
+        made[index] = jnp.concatenate(pieces, dtype=leaves[index].dtype)
     return [_beside(new, old) for new, old in zip(made, leaves, strict=True)]
 
 

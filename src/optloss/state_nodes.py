@@ -8,7 +8,6 @@ Checkpointers that are given no target return nested dicts and lists. There, a d
 the node whose fields are its keys, and a tuple is whatever has the keys 0, 1, ....
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,9 +21,6 @@ from optloss.names import leaf_names
 from optloss.trees import children
 from optloss.typing import PyTree
 
-STAGES = ("noise", "clip", "optimizer")
-TABLE = "packed"  # the field of a chain's state that names what is packed
-
 Kind = type | frozenset[str] | str
 
 
@@ -34,11 +30,6 @@ class Place(NamedTuple):
     leaf: int
     shape: tuple[int, ...]
     start: int | None = None  # None for a leaf by itself
-
-    @property
-    def size(self) -> int:
-        """How many elements the array has."""
-        return math.prod(self.shape)
 
 
 class Node(NamedTuple):
@@ -122,9 +113,9 @@ class Reader(NamedTuple):
                 yield Node("values", path, stage, group, entries, ())
             return
         is_chain = False
-        if fields is not None and set(STAGES) <= set(fields):
+        if fields is not None and {"noise", "clip", "optimizer"} <= set(fields):
             is_chain = True
-            table = self.table(fields.pop(TABLE, None))
+            table = self.table(fields.pop("packed", None))
         of_groups = fields is None and isinstance(tree, Mapping) and not _is_tuple(tree)
         inside: list[Node] = []
         entries = {}

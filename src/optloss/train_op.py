@@ -241,9 +241,7 @@ class TrainOp:
         See also:
             :func:`carry_over`, for the state of a chain.
         """
-        state: TrainOpState = adopt_state(
-            "train_op.adopt", self.init, old_state, params
-        )
+        state: TrainOpState = adopt_state(self.init, old_state, params)
         return shard_state(state, state.params)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainOp:
@@ -261,13 +259,7 @@ class TrainOp:
 
     @functools.cached_property
     def _compiled(self) -> CompiledStep:
-        return CompiledStep(self._in_scope, self.donate)
-
-    def _in_scope(
-        self, shardings: Any, state: TrainOpState, /, *args: Any, **kwargs: Any
-    ) -> Step:
-        with jax.named_scope(self.name or "OptimizeLoss"):
-            return self._step(state, args, kwargs, shardings)
+        return CompiledStep(self._step, self.donate)
 
     def update(self, state: TrainOpState, *args: Any, **kwargs: Any) -> Step:
         """Make one step, pure and not compiled: for ``lax.scan`` or a ``jit`` of yours.
@@ -286,7 +278,7 @@ class TrainOp:
         """
         state = _checked("train_op", state)
         with clear_if_deleted("train_op.update(state)", state):
-            return self._in_scope(None, state, *args, **kwargs)
+            return self._step(None, state, *args, **kwargs)
 
     def apply_gradients(
         self,
@@ -435,7 +427,7 @@ class TrainOp:
             return jax.tree.map(own_copy, fill_masked(moved, state.params))
 
     def _step(
-        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any
+        self, shardings: Any, state: TrainOpState, /, *args: Any, **kwargs: Any
     ) -> Step:
         objective = Objective(
             loss=self.loss,
@@ -448,15 +440,17 @@ class TrainOp:
         )
         trained = select_leaves(state.params, objective.selected)
         self._check_whose("train_op(state)", state, trained)
-        outcome, gradients = objective.gradient(
-            trained, self.value_and_grad, self.chain.scale(state.opt_state)
-        )
-        gradients = shared_gradient(
-            gradients, self.chain.axis_name, self.replica_axis_name
-        )
-        return self._advance(
-            state, trained, outcome, gradients, shardings, value_fn=objective.value_fn
-        )
+        with jax.named_scope(self.name or "OptimizeLoss"):
+            outcome, gradients = objective.gradient(
+                trained, self.value_and_grad, self.chain.scale(state.opt_state)
+            )
+            gradients = shared_gradient(
+                gradients, self.chain.axis_name, self.replica_axis_name
+            )
+            value_fn = objective.value_fn
+            return self._advance(
+                state, trained, outcome, gradients, shardings, value_fn=value_fn
+            )
 
     def _advance(
         self,
@@ -538,9 +532,8 @@ class TrainOp:
 def _checked(call: str, state: Any) -> TrainOpState:
     """Return ``state`` with an array as its step, if it is a state at all."""
     if not isinstance(state, TrainOpState):
-        pair = isinstance(state, tuple) and isinstance((*state, None)[0], TrainOpState)
         advice = "Make one with state = train_op.init(params)."
-        if pair:
+        if isinstance(state, tuple) and isinstance((*state, None)[0], TrainOpState):
             advice = "Take the pair apart: state, output = train_op(state, ...)."
         elif isinstance(state, StepOutput):
             advice = "It stands first: state, output = train_op(state, ...)."

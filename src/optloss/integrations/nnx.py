@@ -1,15 +1,12 @@
 """``optimize_loss`` for Flax nnx: a training op that updates its model in place.
 
-The variables that ``wrt`` selects are the parameters; everything else the model holds,
-statistics of BatchNorm, random streams, counters, is the ``model_state`` that the loss
-carries from step to step. The compiled step works on these two trees of arrays, and
-what it returns is written back to the variables. So it is with nnx objects among the
-arguments of a step.
+The compiled step works on two trees of arrays: the parameters and, as ``model_state``,
+everything else that the model holds. What it returns is written back to the variables.
+So it is with nnx objects among the arguments of a step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +23,7 @@ from optloss.messages import (
 )
 from optloss.optimize import optimize_loss as optimize_pure_loss
 from optloss.state_check import check_part
-from optloss.train_op import StepOutput, TrainOp, TrainOpState
+from optloss.train_op import StepOutput, TrainOpState
 from optloss.trees import own_copy
 from optloss.typing import (
     AxisName,
@@ -49,11 +46,13 @@ try:
     from flax import nnx
     from flax.errors import TraceContextError
     from flax.nnx.filterlib import Filter, to_predicate
+    from flax.traverse_util import unflatten_dict
 
     from optloss.integrations.nnx_graphs import (
         Graphs,
         Path,
         Slot,
+        are_same,
         is_object,
         taken_apart,
         without_objects,
@@ -84,17 +83,13 @@ class ModelTrainOp:
             ``update`` over trees of arrays, which takes no nnx objects.
     """
 
-    train_op: TrainOp
-
     def __init__(
         self, model: nnx.Module, train_op: PureTrainOp, slots: Sequence[Slot]
     ) -> None:
         self.train_op = train_op
         self._model = short_repr(type(model))
-        self._graphs = train_op.graphs
         self._slots = slots
-        self._structure = train_op.structure
-        self._state = train_op.init(*jax.tree.unflatten(self._structure, self._read()))
+        self._state = train_op.init(*self._read())
         self._write()
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> StepOutput:
@@ -107,7 +102,7 @@ class ModelTrainOp:
         """
         self._check_writable()
         (args, kwargs), objects = without_objects((args, kwargs))
-        found = self._graphs.find(objects)
+        found = self.train_op.graphs.find(objects)
         state = self.state
         values = [slot.get_raw_value() for slot in found.slots]
         if values and self.train_op.donate:
@@ -133,7 +128,7 @@ class ModelTrainOp:
         what is to be kept in memory is ``jax.tree.map(jnp.copy, op.state)``.
         """
         held, structure = jax.tree.flatten(_trees(self._state))
-        values = jax.tree.unflatten(self._structure, self._read())
+        values = self._read()
         leaves: list[jax.Array] = jax.tree.leaves(values)
         found: Any = jax.tree.structure(values)
         if found != structure:
@@ -142,7 +137,7 @@ class ModelTrainOp:
                 "a variable of the model holds a tree of another structure than when "
                 "the op was made. Write a tree of the same one, or make another op.",
             )
-        if any(new is not old for new, old in zip(leaves, held, strict=True)):
+        if not are_same(leaves, held):
             # Somebody wrote to the model. Copied, so that donation leaves theirs alone.
             pairs = zip(leaves, held, strict=True)
             kept = [new if new is old else own_copy(new) for new, old in pairs]
@@ -197,11 +192,12 @@ class ModelTrainOp:
                 "op.train_op.update(state, ...) there, and op.restore(state) after it.",
             ) from error
 
-    def _read(self) -> list[PyTree]:
-        return [slot.get_raw_value() for slot in self._slots]
+    def _read(self) -> tuple[PyTree, PyTree]:
+        values = [slot.get_raw_value() for slot in self._slots]
+        return jax.tree.unflatten(self.train_op.structure, values)
 
     def _write(self) -> None:
-        values = self._structure.flatten_up_to(_trees(self._state))
+        values = self.train_op.structure.flatten_up_to(_trees(self._state))
         for slot, value in zip(self._slots, values, strict=True):
             slot.set_raw_value(value)
 
@@ -336,8 +332,7 @@ def optimize_loss(
     wanted = "a function loss(model, *args)"
     check_callable("optimize_loss", "loss", loss, 1, wanted, more=True)
     slots, structure = _slots(model, wrt)
-    train_op = optimize_pure_loss(**given)
-    fields = {f.name: getattr(train_op, f.name) for f in dataclasses.fields(train_op)}
+    fields = vars(optimize_pure_loss(**given))
     pure = PureTrainOp(**fields, graphs=Graphs(model, slots), structure=structure)
     return ModelTrainOp(model, pure, slots)
 
@@ -347,21 +342,16 @@ def _slots(model: nnx.Module, wrt: Filter) -> tuple[list[Slot], Any]:
     if not isinstance(model, nnx.Module):
         problem = "must be an nnx.Module."
         raise argument_error("optimize_loss", "model", model, problem)
-    trees: tuple[dict[int | str, Any], ...] = {}, {}
-    for (_, *path), slot in taken_apart((model,))[1].items():
-        tree = trees[not _is_selected(wrt, tuple(path), slot)]
-        for key in path[:-1]:
-            tree = tree.setdefault(key, {})
-        tree[path[-1]] = slot
-    return jax.tree.flatten(trees, is_leaf=is_object)
-
-
-def _is_selected(wrt: Filter, path: Path, slot: Slot) -> bool:
+    trees: tuple[dict[Path, Slot], ...] = {}, {}
+    _, found = taken_apart((model,))
     try:
-        return to_predicate(wrt)(path, slot)
+        is_selected = to_predicate(wrt)
+        for path, slot in found.items():
+            trees[not is_selected(path[1:], slot)][path[1:]] = slot
     except (TypeError, ValueError) as error:
         problem = f"must be an nnx filter, such as nnx.Param: {short_text(str(error))}"
         raise argument_error("optimize_loss", "wrt", wrt, problem) from error
+    return jax.tree.flatten(tuple(map(unflatten_dict, trees)), is_leaf=is_object)
 
 
 def _trees(state: TrainOpState) -> tuple[PyTree, PyTree]:

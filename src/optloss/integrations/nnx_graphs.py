@@ -12,7 +12,7 @@ attributes it was made from, and made anew only when one of these is another obj
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -140,13 +140,6 @@ class Graph:
 
     def _values(self, nodes: PyTree) -> list[PyTree]:
         _, found = taken_apart(nodes)
-        self._check_paths(found)
-        values = [None] * len(self.places)
-        for place, slot in zip(self.places, found.values(), strict=True):
-            values[place] = slot.get_raw_value()
-        return values
-
-    def _check_paths(self, found: Iterable[Path]) -> None:
         for problem, paths in (
             ("adds", set(found) - set(self.paths)),
             ("takes away", set(self.paths) - set(found)),
@@ -159,6 +152,10 @@ class Graph:
                     "those that it had before: make a new one before the op is made, "
                     "and take away what was sown: nnx.pop(model, nnx.Intermediate).",
                 )
+        values = [None] * len(self.places)
+        for place, slot in zip(self.places, found.values(), strict=True):
+            values[place] = slot.get_raw_value()
+        return values
 
 
 @jax.tree_util.register_static
@@ -210,12 +207,13 @@ class Watch:
         """Tell whether all is as it was. A list or dict cannot be watched."""
         return (
             self._complete
-            and all(map(_are_same, self._attributes, self._values))
+            and all(map(are_same, self._attributes, self._values))
             and [one.get_metadata() for one in self._variables] == self._metadata
         )
 
 
-def _are_same(objects: Collection[Any], others: Collection[Any]) -> bool:
+def are_same(objects: Collection[Any], others: Collection[Any]) -> bool:
+    """Tell whether both hold the very same objects, in the same order."""
     return len(objects) == len(others) and all(map(operator.is_, objects, others))
 
 
@@ -249,7 +247,7 @@ class Graphs:
     def find(self, objects: list[PyTree]) -> Found:
         """Return the model and ``objects`` as they are now, taken apart."""
         for found in self._recent:
-            if _are_same(found.objects, objects) and found.watch.sees_no_change():
+            if are_same(found.objects, objects) and found.watch.sees_no_change():
                 return found
         found = self._take_apart(objects)
         self._recent = [found, *self._recent][:MOST_RECENT]

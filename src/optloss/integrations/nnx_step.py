@@ -38,12 +38,12 @@ class PureTrainOp(TrainOp):
     structure: Any = dataclasses.field(kw_only=True)
 
     def _step(
-        self, state: TrainOpState, args: Any, kwargs: Any, shardings: Any
+        self, shardings: Any, state: TrainOpState, /, *args: Any, **kwargs: Any
     ) -> Step:
         """Make a step; where it is given a graph, its aux holds what changed, too."""
         has_graph = bool(args) and isinstance(args[0], Given)
         if has_graph:
-            given, *args = args
+            given, args = args[0], args[1:]
         elif without_objects((args, kwargs))[1]:
             problem = "takes no nnx objects, whose changes it cannot keep. Call the op."
             raise refusal("op.train_op", problem)
@@ -53,7 +53,8 @@ class PureTrainOp(TrainOp):
         op = dataclasses.replace(self, loss=loss)
         carried = Carried(state.model_state, given.values)
         state = state._replace(model_state=carried)
-        state, output = super(PureTrainOp, op)._step(state, args, kwargs, shardings)
+        step = super(PureTrainOp, op)._step
+        state, output = step(shardings, state, *args, **kwargs)
         variables, objects = state.model_state
         if has_graph:
             changed = [v if i in loss.changed else None for i, v in enumerate(objects)]

@@ -1,9 +1,4 @@
-"""Summaries in TensorBoard, without TensorFlow.
-
-The training loop hands device arrays over and goes on; a thread waits for them, makes
-events of them and writes the file. What is handed over is copied on the device first,
-so that a state donated to the next step may take its scalars with it.
-"""
+"""Summaries in TensorBoard, without TensorFlow: a thread fetches and writes them."""
 
 from __future__ import annotations
 
@@ -95,7 +90,8 @@ class SummaryWriter:
         self._every = check_int("SummaryWriter", "every", every, 1, "an int >= 1.")
         self._closed = False
         self._worker = _Worker(logdir) if jax.process_index() == 0 else None
-        self._stop = weakref.finalize(self, _stop, self._worker)
+        stop = (lambda: None) if self._worker is None else self._worker.stop
+        self._stop = weakref.finalize(self, stop)
 
     def write(self, step: int, summaries: Mapping[str, PyTree]) -> None:
         """Hand the summaries of ``step`` over, to be written soon.
@@ -239,11 +235,6 @@ class _Worker:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-
-
-def _stop(worker: _Worker | None) -> None:
-    if worker is not None:
-        worker.stop()
 
 
 def _is_path(value: object) -> bool:
