@@ -74,13 +74,12 @@ def exponential_decay(
         0.125
     """
     call = "exponential_decay"
-    check_bool(call, "staircase", staircase)
+    rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     if staircase:
         check_finite(call, decay_rate=decay_rate)
     else:
         cure = "For one that alternates the sign, pass staircase=True."
         check_at_least_zero(call, cure, decay_rate=decay_rate)
-    rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     return rate * _as(rate, decay_rate) ** periods
 
 
@@ -113,7 +112,6 @@ def natural_exp_decay(
         0.36787945
     """
     call = "natural_exp_decay"
-    check_bool(call, "staircase", staircase)
     check_finite(call, decay_rate=decay_rate)
     rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     return rate * jnp.exp(-_as(rate, decay_rate) * periods)
@@ -148,7 +146,6 @@ def inverse_time_decay(
         0.25
     """
     call = "inverse_time_decay"
-    check_bool(call, "staircase", staircase)
     check_finite(call, decay_rate=decay_rate)
     rate, periods = _start(call, learning_rate, step, decay_steps, staircase)
     return rate / (1 + _as(rate, decay_rate) * periods)
@@ -325,9 +322,12 @@ def linear_cosine_decay(
         Learning*, 2017, arXiv:1709.07417, section 4; the arguments are TensorFlow's.
     """
     call = "linear_cosine_decay"
+    check_finite(call, num_periods=num_periods, alpha=alpha, beta=beta)
     rate, periods = _start(call, learning_rate, step, decay_steps)
     share = jnp.minimum(periods, 1)
-    return _line_times_cosine(call, rate, 1 - share, share, num_periods, alpha, beta)
+    cosine = jnp.cos(2 * jnp.pi * _as(rate, num_periods) * share)
+    line = _as(rate, alpha) + (1 - share)
+    return rate * (line * (1 + cosine) / 2 + _as(rate, beta))
 
 
 def noisy_linear_cosine_decay(
@@ -384,13 +384,16 @@ def noisy_linear_cosine_decay(
     cure = "With 0 there is no noise."
     check_at_least_zero(call, cure, initial_variance=initial_variance)
     check_finite(call, variance_decay=variance_decay)
+    check_finite(call, num_periods=num_periods, alpha=alpha, beta=beta)
     check_key(call, "key", key)
     rate, periods = _start(call, learning_rate, step, decay_steps)
     share = jnp.minimum(periods, 1)
     age = (1 + share * _as(rate, decay_steps)) ** _as(rate, variance_decay)
     std = jnp.sqrt(_as(rate, initial_variance) / age)
-    line = 1 - share + std * _normal(key, _as_step(call, step), rate.dtype)
-    return _line_times_cosine(call, rate, line, share, num_periods, alpha, beta)
+    noise = std * _normal(key, _as_step(call, step), rate.dtype)
+    cosine = jnp.cos(2 * jnp.pi * _as(rate, num_periods) * share)
+    line = _as(rate, alpha) + (1 - share + noise)
+    return rate * (line * (1 + cosine) / 2 + _as(rate, beta))
 
 
 def piecewise_constant(
@@ -451,6 +454,7 @@ def _start(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the rate as an array, and how many ``decay_steps`` have passed."""
     check_positive(call, "Count in steps.", decay_steps=decay_steps)
+    check_bool(call, "staircase", staircase)
     rate = _as_rate(call, learning_rate)
     whole, share = _divide(_as_step(call, step), decay_steps, rate.dtype)
     return rate, whole if staircase else whole + share
@@ -485,20 +489,6 @@ def _is_whole(period: Scalar) -> bool:
 def _half_cosine(share: jax.Array) -> jax.Array:
     """Return (1 + cos(pi share)) / 2, which is exactly 0 at the end."""
     return jnp.square(jnp.sin(jnp.pi / 2 * (1 - share)))
-
-
-def _line_times_cosine(
-    call: str,
-    rate: jax.Array,
-    line: jax.Array,
-    share: jax.Array,
-    num_periods: Scalar,
-    alpha: Scalar,
-    beta: Scalar,
-) -> jax.Array:
-    check_finite(call, num_periods=num_periods, alpha=alpha, beta=beta)
-    cosine = jnp.cos(2 * jnp.pi * _as(rate, num_periods) * share)
-    return rate * ((_as(rate, alpha) + line) * (1 + cosine) / 2 + _as(rate, beta))
 
 
 def _cycle(

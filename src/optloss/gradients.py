@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from optloss.batches import InAxes, check_divides, check_in_axes, take_apart
+from optloss.batches import Batch, InAxes, check_divides, check_in_axes, take_apart
 from optloss.loss import like_before
 from optloss.mesh import zeros_like
 from optloss.messages import argument_error, check_int, listing, short_repr
@@ -91,8 +91,8 @@ def accumulate_gradients(steps: int, *, in_axes: InAxes = 0) -> ValueAndGrad:
     call = "accumulate_gradients"
     check_int(call, "steps", steps, 1, "an int >= 1, the number of slices.")
     check_in_axes(call, in_axes)
-    gradient = functools.partial(_accumulated, steps, in_axes)
-    return BySlices(f"accumulate_gradients({steps})", gradient)
+    gradient = functools.partial(_accumulated, steps)
+    return BySlices(f"{call}({steps})", call, in_axes, gradient)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -100,7 +100,9 @@ class BySlices:
     """A function like ``jax.value_and_grad`` that looks at slices of the batch."""
 
     text: str  # the call that made it, without what changes no number
-    gradient: Callable[..., Differentiated]
+    call: str
+    in_axes: InAxes
+    gradient: Callable[[Differentiate, PyTree, PyTree, Batch], Differentiated]
 
     def __repr__(self) -> str:
         """Return the call that made it."""
@@ -111,20 +113,23 @@ class BySlices:
     ) -> Differentiate:
         """Return a function that returns the objective's results and its gradient."""
         differentiate = jax.value_and_grad(objective, has_aux=has_aux)
-        return functools.partial(self.gradient, differentiate)
+
+        def by_slices(
+            params: PyTree, /, *args: Any, model_state: PyTree = None, **kwargs: Any
+        ) -> Differentiated:
+            batch = take_apart(self.call, self.in_axes, (args, kwargs))
+            return self.gradient(differentiate, params, model_state, batch)
+
+        return by_slices
 
 
 def _accumulated(
     steps: int,
-    in_axes: InAxes,
     differentiate: Differentiate,
     params: PyTree,
-    /,
-    *args: Any,
-    model_state: PyTree = None,
-    **kwargs: Any,
+    model_state: PyTree,
+    batch: Batch,
 ) -> Differentiated:
-    batch = take_apart("accumulate_gradients", in_axes, (args, kwargs))
     check_divides("accumulate_gradients", "steps", steps, batch)
     stacks = [leaf.stack(steps, keys=steps) for leaf in batch.leaves]
 
@@ -173,8 +178,7 @@ def check_result(
     if not is_inexact(loss) or loss.shape != () or jnp.iscomplexobj(loss):
         raise refuse(f"returned the loss {short_repr(loss)}, which is no real scalar.")
     new_state = like_before("value_and_grad returned", new_state, model_state)
-    problem = _misfit(gradients, params)
-    if problem:
+    if problem := _misfit(gradients, params):
         raise refuse(problem)
     loss, gradients = keep_dtypes((loss, gradients), (loss, params))
     return (loss, (new_state, aux)), gradients
@@ -186,12 +190,10 @@ def _is_pair(value: Any) -> bool:
 
 def _misfit(gradients: PyTree, params: PyTree) -> str | None:
     """Return how the gradients differ from the parameters, None where they do not."""
-    names = leaf_names(params)
-    missing = set(names) - set(leaf_names(gradients))
-    surplus = set(leaf_names(gradients)) - set(names)
-    if missing:
+    names, returned = leaf_names(params), leaf_names(gradients)
+    if missing := set(names).difference(returned):
         return f"returned no gradient for {listing(missing)}."
-    if surplus:
+    if surplus := set(returned).difference(names):
         return f"returned gradients for {listing(surplus)}, which are not trained."
     structure: Any = jax.tree.structure(gradients)
     if structure != jax.tree.structure(params):

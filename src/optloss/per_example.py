@@ -9,14 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optloss.batches import (
-    Batch,
-    InAxes,
-    Leaf,
-    check_divides,
-    check_in_axes,
-    take_apart,
-)
+from optloss.batches import Batch, InAxes, Leaf, check_divides, check_in_axes
 from optloss.gradients import BySlices, mean_of_slices
 from optloss.mesh import manual_axes
 from optloss.messages import check_int, check_number, short_repr
@@ -93,8 +86,9 @@ def clip_per_example(
     if batch is not None:
         check_int(call, "batch", batch, 1, "an int >= 1, or None for all at once.")
     check_in_axes(call, in_axes)
-    gradient = functools.partial(_clipped, max_norm, in_axes, batch)
-    return ClippedPerExample(f"clip_per_example({short_repr(max_norm)})", gradient)
+    text = f"{call}({short_repr(max_norm)})"
+    gradient = functools.partial(_clipped, max_norm, batch)
+    return ClippedPerExample(text, call, in_axes, gradient)
 
 
 class ClippedPerExample(BySlices):
@@ -103,16 +97,12 @@ class ClippedPerExample(BySlices):
 
 def _clipped(
     max_norm: float | jax.Array,
-    in_axes: InAxes,
     batch: int | None,
     differentiate: Differentiate,
     params: PyTree,
-    /,
-    *args: Any,
-    model_state: PyTree = None,
-    **kwargs: Any,
+    model_state: PyTree,
+    data: Batch,
 ) -> Differentiated:
-    data = take_apart("clip_per_example", in_axes, (args, kwargs))
     size = _check_examples(data)
     at_once = batch or size
     check_divides("clip_per_example", "batch", at_once, data)

@@ -1,8 +1,4 @@
-"""Optimizers as a rule for one leaf, and the slots that the rule reads and writes.
-
-A slot is kept in float32 for a half-precision leaf and in the leaf's own precision
-otherwise; a leaf that is no floating or complex array has ``optax.MaskedNode()``.
-"""
+"""Optimizers as a rule for one leaf, and the slots that the rule reads and writes."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,29 +1,4 @@
-r"""Clipping of each leaf by the history of its own norm.
-
-For every leaf :math:`i` a running mean :math:`\gamma_i` follows the norm of its
-gradient, and a gradient that is longer than :math:`\lambda` = ``relative`` times that
-is cut down to it:
-
-.. math::
-
-    h_i &= \min\Bigl(1, \frac{\lambda \, \gamma_i}{\lVert g_i \rVert}\Bigr), \qquad
-    g_i \leftarrow h_i \, g_i \\
-    \gamma_i &\leftarrow \beta \, \gamma_i + (1 - \beta) \lVert g_i \rVert
-
-In the second line :math:`g_i` is clipped already. The first ``warmup`` updates are
-clipped together instead, so that their global norm is at most ``absolute``, and
-:math:`\gamma_i` is the smallest norm that the leaf had after that.
-
-This is AdaGC. What differs from the paper and the authors' code:
-
-* A norm of 0 never enters. There, a leaf whose gradient is zero once in the warm-up has
-  :math:`\gamma_i = 0` and gets zeros for ever: an expert that no token was sent to, an
-  embedding whose words did not occur.
-* A leaf that has no history after the warm-up, because its gradient was always zero, is
-  held to ``absolute`` until it has one.
-* The paper and the code disagree on what enters in the warm-up, the norm after the clip
-  or before it. Here it is the norm after the clip, as in the paper.
-"""
+"""Clipping of each leaf by the history of its own norm."""
 
 from __future__ import annotations
 
@@ -80,7 +55,29 @@ def adagc(
     r"""Cut the gradient of each leaf down to what that leaf is used to.
 
     One layer whose gradient explodes is cut down alone, while the others keep their
-    step. The module's text has the formulas, and where they differ from the paper.
+    step. For every leaf :math:`i` a running mean :math:`\gamma_i` follows the norm of
+    its gradient, and a gradient that is longer than :math:`\lambda` = ``relative``
+    times that is cut down to it:
+
+    .. math::
+
+        h_i &= \min\Bigl(1, \frac{\lambda \, \gamma_i}{\lVert g_i \rVert}\Bigr), \qquad
+        g_i \leftarrow h_i \, g_i \\
+        \gamma_i &\leftarrow \beta \, \gamma_i + (1 - \beta) \lVert g_i \rVert
+
+    In the second line :math:`g_i` is clipped already. The first ``warmup`` updates are
+    clipped together instead, so that their global norm is at most ``absolute``, and
+    :math:`\gamma_i` is the smallest norm that the leaf had after that.
+
+    This is AdaGC. What differs from the paper and the authors' code:
+
+    * A norm of 0 never enters. There, a leaf whose gradient is zero once in the warm-up
+      has :math:`\gamma_i = 0` and gets zeros for ever: an expert that no token was sent
+      to, an embedding whose words did not occur.
+    * A leaf that has no history after the warm-up, because its gradient was always
+      zero, is held to ``absolute`` until it has one.
+    * The paper and the code disagree on what enters in the warm-up, the norm after the
+      clip or before it. Here it is the norm after the clip, as in the paper.
 
     Args:
         relative: How many times its running mean the norm of a leaf may be, >= 1.

@@ -1,26 +1,4 @@
-r"""Clipping by a norm that follows the norms of the run.
-
-The logarithm of the gradient's norm :math:`N` is followed by two moving averages, of it
-and of its square, and a gradient whose log-norm lies more than so many standard
-deviations above the mean is cut down *to the mean*:
-
-.. math::
-
-    \ell &= \log(N + \epsilon) \\
-    m &\leftarrow d\,m + (1 - d)\,\ell, \qquad q \leftarrow d\,q + (1 - d)\,\ell^2 \\
-    c &= \exp\bigl(m + k \sqrt{\max(\epsilon, q - m^2)}\bigr) \\
-    g &\leftarrow g \cdot e^m / N \quad\text{if } N \ge c
-
-This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
-
-* A norm that is not finite does not enter the averages. There, one NaN or infinity made
-  every later gradient NaN.
-* ``statistics="previous"`` compares with the averages from *before* this gradient. The
-  original compares with averages that contain it, so that a spike raises the threshold
-  it is held against. Here every spike is cut, and what is cut enters the averages as
-  the threshold, no higher: a single spike leaves hardly a trace, while norms that go on
-  being high still raise the threshold step by step.
-"""
+"""Clipping by a norm that follows the norms of the run."""
 
 from __future__ import annotations
 
@@ -128,13 +106,31 @@ def adaptive_clipping(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Cut gradients whose norm is far above what the run has seen so far.
 
-    The threshold is ``std_factor`` standard deviations above the moving average of the
-    log-norm, and a gradient beyond it is scaled down to that average; the module's text
-    has the formulas.
+    The logarithm of the gradient's norm :math:`N` is followed by two moving averages,
+    of it and of its square, and a gradient whose log-norm lies more than :math:`k` =
+    ``std_factor`` standard deviations above the mean is cut down *to the mean*:
+
+    .. math::
+
+        \ell &= \log(N + \epsilon) \\
+        m &\leftarrow d\,m + (1 - d)\,\ell, \qquad
+        q \leftarrow d\,q + (1 - d)\,\ell^2 \\
+        c &= \exp\bigl(m + k \sqrt{\max(\epsilon, q - m^2)}\bigr) \\
+        g &\leftarrow g \cdot e^m / N \quad\text{if } N \ge c
+
+    This is TensorFlow's ``adaptive_clipping_fn``. Two things differ:
+
+    * A norm that is not finite does not enter the averages. There, one NaN or infinity
+      made every later gradient NaN.
+    * ``statistics="previous"`` compares with the averages from *before* this gradient.
+      The original compares with averages that contain it, so that a spike raises the
+      threshold it is held against. Here every spike is cut, and what is cut enters the
+      averages as the threshold, no higher: a single spike leaves hardly a trace, while
+      norms that go on being high still raise the threshold step by step.
 
     Args:
         std_factor: How many standard deviations of the log-norm are let through, >= 0.
-        decay: Factor of both moving averages, in [0, 1).
+        decay: Factor :math:`d` of both moving averages, in [0, 1).
         static_max_norm: If given, the norm never exceeds it either, in the units of the
             gradient.
         epsilon: Added to the norm before the logarithm, and the least variance, > 0.
@@ -142,9 +138,8 @@ def adaptive_clipping(
             ``decay``, with n the extra argument ``step=`` of ``update``, or without one
             the transform's own count. Otherwise the averages start at a bare 0, as the
             original's did without a ``global_step``.
-        statistics: ``"current"``, the original: the averages the norm is compared with
-            contain it. ``"previous"``: they do not; then the first five norms are only
-            watched, and averages over few norms are plain ones whatever
+        statistics: ``"current"``, the original, or ``"previous"``: then the first five
+            norms are only watched, and averages over few norms are plain ones whatever
             ``decay_warmup``.
         axis_name: Under ``shard_map`` or ``pmap``, the mesh axes that leaves may be
             sharded over.
@@ -152,10 +147,9 @@ def adaptive_clipping(
     Returns:
         A transform with an
         :class:`~optloss.transforms.adaptive_clipping.AdaptiveClippingState`, or a
-        ``PreviousClippingState`` for ``statistics="previous"``. Leaves
-        keep shape ``[*shape]`` and dtype; the statistics are float32 scalars ``[]``,
-        float64 if a leaf is. A gradient whose norm is not finite is returned unchanged
-        and leaves the averages as they were.
+        ``PreviousClippingState`` for ``statistics="previous"``. Leaves keep shape
+        ``[*shape]`` and dtype; the statistics are float32 scalars ``[]``, float64 if a
+        leaf is. A gradient whose norm is not finite is returned unchanged.
 
     Raises:
         ValueError: If a Python number is out of its range, or ``statistics`` is neither
@@ -242,16 +236,12 @@ def adaptive_clipping(
         if previous:
             entry = jnp.minimum(entry, highest)
         d = decay_at(state.step if step is None else step, state.observed, norm.dtype)
-        moved = (
-            state.mean - (1 - d) * (state.mean - entry),
-            state.sq_mean - (1 - d) * (state.sq_mean - entry**2),
-        )
-        finite = jnp.isfinite(norm)
-        mean, sq_mean = (
-            jnp.where(finite, new, old).astype(norm.dtype)
-            for new, old in zip(moved, (state.mean, state.sq_mean), strict=True)
-        )
-        return mean, sq_mean
+
+        def moved(old: jax.Array, new: jax.Array) -> jax.Array:
+            after = old - (1 - d) * (old - new)
+            return jnp.where(jnp.isfinite(norm), after, old).astype(norm.dtype)
+
+        return moved(state.mean, entry), moved(state.sq_mean, entry**2)
 
     def factor_for(norm: jax.Array, bound: jax.Array, target: jax.Array) -> jax.Array:
         safe = jnp.where(norm > 0, norm, 1)
@@ -285,11 +275,8 @@ def adaptive_clipping(
         mean, sq_mean = follow(state, norm, highest, step)
         if not previous:
             highest, target = log_threshold(mean, sq_mean), mean
-        bound = jnp.where(
-            highest < unbounded,
-            jnp.exp(jnp.minimum(highest, unbounded)),
-            info.max,
-        )
+        bound = jnp.exp(jnp.minimum(highest, unbounded))
+        bound = jnp.where(highest < unbounded, bound, info.max)
         factor = factor_for(norm, bound, jnp.exp(target))
         after = AdaptiveClippingState(
             step=increment(state.step),

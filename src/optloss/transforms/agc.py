@@ -1,27 +1,4 @@
-r"""Clipping of each unit's gradient by the norm of its weights.
-
-A *unit* is what one output of a layer is made of: the weights :math:`W_i` that lead to
-it, which are all elements of a leaf with the same index in its last dimension. A leaf
-with less than two dimensions, a bias or a gain, is one unit. With :math:`\lambda` =
-``clipping`` no unit's gradient may be longer than that share of its weights,
-
-.. math::
-
-    G_i \leftarrow G_i \cdot \min\Bigl(1, \lambda
-    \frac{\max(\lVert W_i \rVert, \epsilon)}{\lVert G_i \rVert}\Bigr)
-
-This is adaptive gradient clipping as NFNets are trained with. What differs from the
-authors' code, and from ``optax.adaptive_grad_clip``, which follows it:
-
-* A leaf may have any number of dimensions. There, of three dimensions the last two
-  number the units, which is wrong for one-dimensional convolutions, and there is a
-  largest number of dimensions, 4 in the code and 5 in optax 0.2.8.
-* The rule looks at the number of dimensions alone. There, a matrix with a single row or
-  column counts as a vector, so that a shard of a leaf is not clipped as the leaf is.
-* A gradient whose global norm is not finite is passed on unchanged. There, an infinity
-  becomes NaN, and the units without one are clipped.
-* The norms are float32 for half-precision leaves, and right at every magnitude.
-"""
+"""Clipping of each unit's gradient by the norm of its weights."""
 
 from __future__ import annotations
 
@@ -80,9 +57,30 @@ def agc(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrink gradients that are long beside the weights they change.
 
+    A *unit* is what one output of a layer is made of: the weights :math:`W_i` that lead
+    to it, which are all elements of a leaf with the same index in its last dimension. A
+    leaf with less than two dimensions, a bias or a gain, is one unit. With
+    :math:`\lambda` = ``clipping`` no unit's gradient may be longer than that share of
+    its weights,
+
+    .. math:: G_i \leftarrow G_i \cdot \min\Bigl(1, \lambda
+        \frac{\max(\lVert W_i \rVert, \epsilon)}{\lVert G_i \rVert}\Bigr)
+
     A step of gradient descent at rate 1 then moves no unit by more than ``clipping`` of
-    its length. It has no history, so there is nothing that a spike could disturb. The
-    module's text has the formula, and where it differs from the authors' code.
+    its length. It has no history, so there is nothing that a spike could disturb.
+
+    This is adaptive gradient clipping as NFNets are trained with. What differs from the
+    authors' code, and from ``optax.adaptive_grad_clip``, which follows it:
+
+    * A leaf may have any number of dimensions. There, of three dimensions the last two
+      number the units, which is wrong for one-dimensional convolutions, and there is a
+      largest number of dimensions, 4 in the code and 5 in optax 0.2.8.
+    * The rule looks at the number of dimensions alone. There, a matrix with a single
+      row or column counts as a vector, so that a shard of a leaf is not clipped as the
+      leaf is.
+    * A gradient whose global norm is not finite is returned unchanged. There, an
+      infinity becomes NaN, and the units without one are clipped.
+    * The norms are float32 for half-precision leaves, and right at every magnitude.
 
     Args:
         clipping: Largest ratio of a unit's gradient to its weights, >= 0. ``inf``
@@ -96,8 +94,7 @@ def agc(
 
     Returns:
         A transform with an :class:`~optloss.transforms.agc.AGCState`. It needs
-        ``params``. Leaves keep shape ``[*shape]`` and dtype. A gradient whose global
-        norm is not finite is returned unchanged.
+        ``params``. Leaves keep shape ``[*shape]`` and dtype.
 
     Raises:
         ValueError: If a Python number is out of its range, or ``exclude`` is neither a
@@ -124,8 +121,7 @@ def agc(
         [0.25 0.5 ] [9. 9.]
 
     See also:
-        :func:`adagc`, which goes by the history of each leaf's norm;
-        ``optax.adaptive_grad_clip``.
+        :func:`adagc`, which goes by the history of each leaf's norm.
 
     References:
         Brock, De, Smith and Simonyan, *High-Performance Large-Scale Image Recognition

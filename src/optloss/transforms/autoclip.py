@@ -1,24 +1,4 @@
-r"""Clipping to a percentile of the norms of the run.
-
-With :math:`N_1, \dots, N_t` the norms so far, this one included, and :math:`p` =
-``percentile``, the bound of update :math:`t` is the :math:`p`-th percentile of them,
-
-.. math::
-
-    c_t = P_p(N_1, \dots, N_t), \qquad g \leftarrow g \cdot \min(1, c_t / N_t)
-
-The norms that enter are those before the clip. Clipped ones never exceed the bound, so
-it could only fall.
-
-This is AutoClip. What differs:
-
-* Only the last ``history`` norms are kept, in a ring buffer on the device. The paper
-  keeps all of them. Then a bound that is right for the run's beginning stays with it
-  for as long again, and the state would grow.
-* A norm that is not finite does not enter. There, one NaN makes every later bound NaN.
-* A bound of zero clips nothing. There, a share of ``percentile`` updates with a zero
-  gradient ends the training.
-"""
+"""Clipping to a percentile of the norms of the run."""
 
 from __future__ import annotations
 
@@ -66,10 +46,25 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrink the gradient to a percentile of the norms of the latest updates.
 
-    At the default, the 10th percentile, it clips nine updates of ten and so comes near
-    to gradient descent with a fixed length of step, in units that follow the run. At 90
-    or 99 it only cuts what is large. The module's text has the formula, and where it
-    differs from the paper.
+    With :math:`N_1, \dots, N_t` the norms so far, this one included, and :math:`p` =
+    ``percentile``, the bound of update :math:`t` is the :math:`p`-th percentile,
+
+    .. math:: c_t = P_p(N_1, \dots, N_t), \qquad g \leftarrow g \cdot \min(1, c_t / N_t)
+
+    The norms that enter are those before the clip. Clipped ones never exceed the bound,
+    so it could only fall. At the default, the 10th percentile, it clips nine updates of
+    ten and so comes near to gradient descent with a fixed length of step, in units that
+    follow the run. At 90 or 99 it only cuts what is large.
+
+    This is AutoClip. What differs:
+
+    * Only the last ``history`` norms are kept, in a ring buffer on the device. The
+      paper keeps all of them. Then a bound that is right for the run's beginning stays
+      with it for as long again, and the state would grow.
+    * A norm that is not finite does not enter. There, one NaN makes every later bound
+      NaN.
+    * A bound of zero clips nothing. There, a share of ``percentile`` updates with a
+      zero gradient ends the training.
 
     Args:
         percentile: Which percentile of the latest norms is the bound, from 0, the
@@ -81,8 +76,7 @@ def autoclip(
     Returns:
         A transform with an :class:`~optloss.transforms.autoclip.AutoClipState`. Leaves
         keep shape ``[*shape]`` and dtype; the norms are float32 ``[history]``, float64
-        if a leaf is. A gradient whose norm is not finite is returned unchanged and
-        leaves the history as it was.
+        if a leaf is. A gradient whose norm is not finite is returned unchanged.
 
     Raises:
         ValueError: If ``percentile`` is a Python number outside of [0, 100], or

@@ -1,36 +1,4 @@
-r"""Clipping of norms that are outliers by their z-score.
-
-A running mean :math:`\mu` and standard deviation :math:`\sigma` of the gradient's norm
-:math:`N` say how unusual the next norm is. With :math:`k` = ``z_threshold`` a norm
-above :math:`c = \mu + k \sigma` is cut down to
-
-.. math::
-
-    N^* = \mu + \frac{k^2}{z} \sigma, \qquad z = \frac{N - \mu}{\sigma}
-
-so the larger the spike, the nearer to the mean it ends. Then the clipped norm enters
-the statistics,
-
-.. math::
-
-    \mu \leftarrow \alpha \mu + (1 - \alpha) N^*, \qquad
-    \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) (N^* - \mu)^2
-
-with the new :math:`\mu` in the second formula. They start as the plain mean and
-standard deviation of the first ``warmup`` norms, which are not clipped.
-
-This is ZClip, as its authors' code has it. What differs:
-
-* A norm that is not finite does not enter the statistics and does not count towards the
-  warm-up. There, one NaN stays in the mean for ever.
-* Statistics that have only seen zeros clip nothing. There, a warm-up of zero gradients
-  makes every later gradient zero.
-* There is no small constant in the divisions, so that gradients of any magnitude are
-  treated alike.
-* The authors' ``max_grad_norm``, a fixed bound of 1 on top, is left out: put a
-  ``clip_by_global_norm`` behind it where you want one. So are their ``clip_factor`` and
-  ``skip_update_on_spike``, which are off by default.
-"""
+"""Clipping of norms that are outliers by their z-score."""
 
 from __future__ import annotations
 
@@ -85,8 +53,32 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Cut gradients whose norm is an outlier among the norms of the run so far.
 
-    The threshold is ``z_threshold`` standard deviations above the running mean of the
-    norm. The module's text has the formulas, and where they differ from the paper.
+    A running mean :math:`\mu` and standard deviation :math:`\sigma` of the gradient's
+    norm :math:`N` say how unusual the next norm is. With :math:`k` = ``z_threshold`` a
+    norm above :math:`c = \mu + k \sigma` is cut down to
+
+    .. math:: N^* = \mu + \frac{k^2}{z} \sigma, \qquad z = \frac{N - \mu}{\sigma}
+
+    so the larger the spike, the nearer to the mean it ends. Then the clipped norm
+    enters the statistics,
+
+    .. math:: \mu \leftarrow \alpha \mu + (1 - \alpha) N^*, \qquad
+        \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) (N^* - \mu)^2
+
+    with the new :math:`\mu` in the second formula. They start as the plain mean and
+    standard deviation of the first ``warmup`` norms.
+
+    This is ZClip, as its authors' code has it. What differs:
+
+    * A norm that is not finite does not enter the statistics and does not count towards
+      the warm-up. There, one NaN stays in the mean for ever.
+    * Statistics that have only seen zeros clip nothing. There, a warm-up of zero
+      gradients makes every later gradient zero.
+    * There is no small constant in the divisions, so that gradients of any magnitude
+      are treated alike.
+    * The authors' ``max_grad_norm``, a fixed bound of 1 on top, is left out: put a
+      ``clip_by_global_norm`` behind it where you want one. So are their ``clip_factor``
+      and ``skip_update_on_spike``, which are off by default.
 
     Args:
         z_threshold: How many standard deviations above the mean are let through, > 0.
@@ -100,8 +92,7 @@ def zclip(
     Returns:
         A transform with a :class:`~optloss.transforms.zclip.ZClipState`. Leaves keep
         shape ``[*shape]`` and dtype; the statistics are float32 scalars ``[]``, float64
-        if a leaf is. A gradient whose norm is not finite is returned unchanged and
-        leaves the statistics as they were.
+        if a leaf is. A gradient whose norm is not finite is returned unchanged.
 
     Raises:
         ValueError: If a Python number is out of its range, or ``mode`` is none of the
