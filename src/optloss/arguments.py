@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from optloss.averages import check_decay
 from optloss.extra import by_signature
@@ -195,6 +194,8 @@ def _check_counter(call: str, given: Given) -> None:
     if given.get("global_step", 0) is not None:
         return
     rates = Table.of(given["learning_rate"]).values
+    mappings = (given["gradient_multipliers"], given["learning_rate_multipliers"])
+    multipliers = [v for m in mappings if isinstance(m, Mapping) for v in m.values()]
     if given["learning_rate_decay_fn"] is not None and any(
         rate is not None for rate in rates
     ):
@@ -203,17 +204,12 @@ def _check_counter(call: str, given: Given) -> None:
         reader = "a schedule as learning_rate"
     elif is_schedule(given["gradient_noise_scale"]):
         reader = "a function as gradient_noise_scale"
-    elif any(map(is_schedule, _multipliers_of(given))):
+    elif any(map(is_schedule, multipliers)):
         reader = "a function as multiplier"
     else:
         return
     cure = f"global_step is required for {reader}. Start it at 0."
     raise argument_error(call, "global_step", None, cure)
-
-
-def _multipliers_of(given: Given) -> list[object]:
-    mappings = (given["gradient_multipliers"], given["learning_rate_multipliers"])
-    return [v for m in mappings if isinstance(m, Mapping) for v in m.values()]
 
 
 def _check_update_ops(call: str, given: Given) -> None:
@@ -234,6 +230,11 @@ def _check_name(call: str, given: Given) -> None:
     name = given["name"]
     if name is not None and not (isinstance(name, str) and is_encodable(name)):
         raise argument_error(call, "name", name, "must be a str; '' for no prefix.")
+
+
+def _check_histogram_every(call: str, given: Given) -> None:
+    every, wanted = given["histogram_every"], "an int in [1, 2**31)."
+    check_int(call, "histogram_every", every, 1, wanted, LARGEST_STEP)
 
 
 # The gradient, and what follows the update
@@ -303,7 +304,7 @@ def _noise_stage(given: Given) -> Stage:
     if scale is None:
         return NOTHING
     if is_transformation(scale):
-        return _given_stage(scale)
+        return Stage(name_of(scale), by_signature(scale))
     noise = add_gradient_noise(scale, key=seed, axis_name=shard_axes(given))
     return Stage(f"add_gradient_noise({short_repr(scale)})", noise)
 
@@ -330,7 +331,7 @@ def _check_clip(call: str, given: Given) -> None:
     if callable(clip) and library in ("optloss", "optax"):
         cure = f"is a function that makes a clip. Call it: {root(clip).__name__}(...)."
         raise argument_error(call, "clip_gradients", clip, cure)
-    if _is_function(clip):
+    if callable(clip) and not isinstance(clip, type):
         wanted = "a function of a list of (gradient, variable) pairs"
         check_callable(call, "clip_gradients", clip, 1, wanted)
     else:
@@ -349,22 +350,14 @@ def _clip_stage(given: Given) -> Stage:
     if clip is None:
         return NOTHING
     if is_transformation(clip):
-        return _given_stage(clip)
-    if _is_function(clip):
+        return Stage(name_of(clip), by_signature(clip))
+    if callable(clip):
         return Stage(f"clip_by_function({short_repr(clip)})", clip_by_function(clip))
     transform = clip_by_global_norm(clip, axis_name=shard_axes(given))
     return Stage(f"clip_by_global_norm({short_repr(clip)})", transform)
 
 
-def _is_function(value: object) -> bool:
-    return callable(value) and not isinstance(value, type)
-
-
-def _given_stage(transform: optax.GradientTransformation) -> Stage:
-    return Stage(name_of(transform), by_signature(transform))
-
-
-def _flag(name: str) -> Callable[[str, Given], bool]:
+def _flag(name: str) -> Callable[[str, Given], None]:
     return lambda call, given: check_bool(call, name, given[name])
 
 
@@ -388,14 +381,7 @@ CHECKS: dict[str, Callable[[str, Given], object]] = {
     "learning_rate_multipliers": functools.partial(
         _multiplier_stage, "learning_rate_multipliers"
     ),
-    "histogram_every": lambda call, given: check_int(
-        call,
-        "histogram_every",
-        given["histogram_every"],
-        1,
-        "an int in [1, 2**31).",
-        LARGEST_STEP,
-    ),
+    "histogram_every": _check_histogram_every,
     "skip_nonfinite": _flag("skip_nonfinite"),
     "seed": lambda call, given: check_key(call, "seed", given["seed"]),
     "pack_small_leaves": check_pack_size,

@@ -11,7 +11,7 @@ from optloss.arguments import as_arrays, stages_of
 from optloss.fast.packing import Layout, layout_of, pack_small_leaves, table_of
 from optloss.guard import start_skipping
 from optloss.loss_scale import LossScale, as_loss_scale
-from optloss.names import first_match, leaf_names, select
+from optloss.names import check_patterns, leaf_names, select
 from optloss.optimizer_argument import Given
 from optloss.spikes import SpikeRule, as_spike_rule
 from optloss.stages import ChainState, Stages, in_turn, looks_at_leaves
@@ -65,7 +65,6 @@ class ChainStart:
         return f" (skipped if not finite{spikes})"
 
     def __repr__(self) -> str:
-        """Return the stages in order, on one line."""
         return f"{' -> '.join(self.texts)}{self.skips}"
 
     def selected(self, params: PyTree) -> list[bool]:
@@ -84,12 +83,12 @@ class ChainStart:
         """
         params = as_arrays(self.call, params)
         names = leaf_names(params)
-        # Without leaves it is a placeholder for parameters, or nothing is trained.
-        for stage in (self.stages.multipliers, self.stages.rate_multipliers):
-            where = f"{self.call}, {stage.scope}"
-            first_match(where, tuple(stage.rules), names, check=bool(names))
+        if names:  # else it is a placeholder for parameters, or nothing is trained
+            for stage in (self.stages.multipliers, self.stages.rate_multipliers):
+                where = f"{self.call}, {stage.scope}"
+                check_patterns(where, tuple(stage.rules), names)
         trained = self.trained(params)
-        if self.stages.optimizer.groups is not None and names:
+        if names and self.stages.optimizer.groups is not None:
             self.stages.optimizer.groups.check(names, leaf_names(trained))
         leaves, structure = jax.tree.flatten(self(trained))
         return jax.tree.unflatten(structure, own_copies(leaves))
@@ -115,7 +114,7 @@ class ChainStart:
         if not self.pack_size:
             return {}
         if groups is not None:
-            return groups.layout(trained, self.pack_size)
+            return groups.layout(trained)
         return layout_of(trained, self.pack_size)
 
     def check(self, call: str, state: PyTree, trained: PyTree, cure: str) -> None:
@@ -141,10 +140,9 @@ class ChainStart:
         clip, optimizer, size = self.stages.clip, self.stages.optimizer, self.pack_size
         if self.packs_all:
             return pack_small_leaves(in_turn(clip, optimizer), size)
+        transform = optimizer.transform
         if optimizer.groups is not None:
-            packed = optimizer.groups.transform(size)
-            optimizer = optimizer._replace(transform=packed)
+            transform = optimizer.groups.transform()
         elif size:
-            packed = pack_small_leaves(optimizer.transform, size)
-            optimizer = optimizer._replace(transform=packed)
-        return in_turn(clip, optimizer)
+            transform = pack_small_leaves(transform, size)
+        return in_turn(clip, optimizer._replace(transform=transform))

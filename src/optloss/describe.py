@@ -81,7 +81,7 @@ def describe(chain: Chain, pipeline: str, params: PyTree) -> str:
 
 def _multipliers(stage: Stage, names: list[str]) -> list[str]:
     values = [f"{v:g}" if is_number(v) else short_repr(v) for v in stage.rules.values()]
-    rules = first_match(stage.scope, tuple(stage.rules), names, check=False)
+    rules = first_match(tuple(stage.rules), names)
     return ["" if rule is None else values[rule] for rule in rules]
 
 

@@ -17,7 +17,7 @@ import optax
 from optloss.extra import by_signature
 from optloss.fast.packing import Layout, is_elementwise, layout_of, pack_small_leaves
 from optloss.messages import listing, quoted, refusal, short_repr
-from optloss.names import first_match, leaf_names, text_of
+from optloss.names import check_patterns, first_match, leaf_names, text_of
 from optloss.plateau import OwnRateState
 from optloss.transforms.learning_rate import check_transformation, in_float32, with_rate
 from optloss.trees import select_leaves
@@ -69,7 +69,7 @@ class Table(NamedTuple):
         """Return, for each name, the place of what applies to it."""
         if self.patterns is None:
             return [0] * len(names)
-        return first_match("", self.patterns, names, check=False)
+        return first_match(self.patterns, names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +80,14 @@ class Groups:
     makers: Table
     rates: Table
     decay_fn: DecayFn | None
+    pack_size: int
 
     def check(self, names: Sequence[str], trained: Sequence[str]) -> None:
         """Refuse patterns without a parameter and trained parameters without one."""
         for argument, table in self._tables.items():
             if table.patterns is None:
                 continue
-            first_match(f"{self.call}, {argument}", table.patterns, names)
+            check_patterns(f"{self.call}, {argument}", table.patterns, names)
             rules = zip(trained, table.match(trained), strict=True)
             missed = [name for name, rule in rules if rule is None]
             if missed:
@@ -119,26 +120,26 @@ class Groups:
         [(maker, rate)] = self._of([name])
         return maker.text, "own" if maker.keeps_own(rate) else short_repr(rate)
 
-    def transform(self, pack_size: int = 0) -> Transform:
+    def transform(self) -> Transform:
         """Return all groups as one transform, its packable ones packed."""
         one = self.makers.values[0]
         if self.makers.patterns is None and one.factory is None:
-            return _packed(by_signature(one.own()), one, pack_size)
+            return self._own(one)
         if self.rates.patterns is not None:
-            return partition(functools.partial(self._by_rate, pack_size))
+            return partition(self._by_rate)
         rate = self.rates.values[0]
         if all(maker.keeps_own(rate) for maker in self.makers.values):
-            return self._by_optimizer(None, pack_size)
-        return self._at_rate(0, pack_size)
+            return self._by_optimizer(None)
+        return self._at_rate(0)
 
-    def layout(self, trained: PyTree, pack_size: int) -> Layout:
+    def layout(self, trained: PyTree) -> Layout:
         """Return which of the ``trained`` leaves lie in which vector, by group."""
         groups = [self._group(*places) for places in self._places(leaf_names(trained))]
         vectors: Layout = {}
         for group in dict.fromkeys(groups):
             if self.makers.values[group[0]].is_elementwise:
                 part = select_leaves(trained, [other == group for other in groups])
-                vectors |= layout_of(part, pack_size)
+                vectors |= layout_of(part, self.pack_size)
         return vectors
 
     def _group(self, i: int, j: int) -> tuple[int, int | None]:
@@ -148,17 +149,17 @@ class Groups:
         own = at_any_rate and maker.keeps_own(self.rates.values[j])
         return i, None if own else j
 
-    def _by_rate(self, pack_size: int, names: Sequence[str]) -> "Members":
+    def _by_rate(self, names: Sequence[str]) -> "Members":
         """Return the groups by rate, and one for each optimizer with its own."""
         labels: list[str] = []
         members: dict[str, Transform] = {}
         for i, j in self._places(names):
             maker, label = self.makers.values[i], self.rates.keys[j]
             if not maker.keeps_own(self.rates.values[j]):
-                members.setdefault(label, self._at_rate(j, pack_size))
+                members.setdefault(label, self._at_rate(j))
             else:
                 label = self._own_label(i, label)
-                members.setdefault(label, _at_own_rate(maker, pack_size))
+                members.setdefault(label, _at_own_rate(self._own(maker)))
             labels.append(label)
         return members, labels
 
@@ -168,19 +169,19 @@ class Groups:
         label = self.makers.keys[place]
         return f"{label} at its own rate" if label in self.rates.keys else label
 
-    def _at_rate(self, place: int, pack_size: int) -> Transform:
-        build = functools.partial(self._by_optimizer, pack_size=pack_size)
+    def _at_rate(self, place: int) -> Transform:
+        rate = self.rates.values[place]
         key = None if self.rates.patterns is None else self.rates.keys[place]
-        return with_rate(self.call, build, self.rates.values[place], self.decay_fn, key)
+        return with_rate(self.call, self._by_optimizer, rate, self.decay_fn, key)
 
-    def _by_optimizer(self, rate: OneRate, pack_size: int) -> Transform:
+    def _by_optimizer(self, rate: OneRate) -> Transform:
         """Return the groups by optimizer, made at one rate."""
 
         def made(maker: Maker) -> Transform:
             if maker.keeps_own(rate):
-                return _at_own_rate(maker, pack_size)
+                return _at_own_rate(self._own(maker))
             result = check_transformation(self.call, maker.factory(rate))
-            return _packed(in_float32(result), maker, pack_size)
+            return self._packed(in_float32(result), maker)
 
         def members(names: Sequence[str]) -> Members:
             labels = [self.makers.keys[i or 0] for i in self.makers.match(names)]
@@ -190,6 +191,14 @@ class Groups:
         if self.makers.patterns is None:
             return made(self.makers.values[0])
         return partition(members)
+
+    def _own(self, maker: Maker) -> Transform:
+        return self._packed(by_signature(maker.own()), maker)
+
+    def _packed(self, transform: Transform, maker: Maker) -> Transform:
+        if not self.pack_size or not maker.is_elementwise:
+            return transform
+        return pack_small_leaves(transform, self.pack_size)
 
 
 Members = tuple[dict[Any, Transform], list[str]]
@@ -233,9 +242,8 @@ def _check_pair(where: str, name: str, maker: Maker, rate: OneRate) -> None:
         )
 
 
-def _at_own_rate(maker: Maker, pack_size: int) -> Transform:
-    """Return an optimizer whose state is marked as having a rate of its own."""
-    inner = _packed(by_signature(maker.own()), maker, pack_size)
+def _at_own_rate(inner: Transform) -> Transform:
+    """Return ``inner`` with a state marked as that of a rate of its own."""
 
     def init(params: PyTree) -> OwnRateState:
         return OwnRateState(inner.init(params))
@@ -247,9 +255,3 @@ def _at_own_rate(maker: Maker, pack_size: int) -> Transform:
         return updates, OwnRateState(after)
 
     return Transform(init, update)
-
-
-def _packed(transform: Transform, maker: Maker, pack_size: int) -> Transform:
-    if not pack_size or not maker.is_elementwise:
-        return transform
-    return pack_small_leaves(transform, pack_size)

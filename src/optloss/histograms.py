@@ -74,7 +74,6 @@ class Histogram:
         bucket_limits: Part | None,
         bucket_counts: Part,
     ) -> None:
-        """Keep the parts."""
         self._parts: Sequence[Any] = (
             min, max, num, sum, sum_squares, nonfinite, bucket_limits, bucket_counts
         )  # fmt: skip
@@ -268,7 +267,7 @@ def _bucket(values: jax.Array) -> jax.Array:
     return jnp.where(negative, zero - rank, zero + 1 + rank).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
+@jax.jit(static_argnames=("axes", "dtype"))
 def _of_a_leaf(leaf: jax.Array, axes: Axes, dtype: DType) -> Histogram:
     values = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
     finite = jnp.isfinite(values)

@@ -54,18 +54,17 @@ def axes_of(axis_name: AxisName) -> Axes:
 def explicit_sharding(like: jax.Array) -> NamedSharding | None:
     """Return the sharding that the type of ``like`` tells, None if it tells none."""
     sharding = jax.typeof(like).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def explicit_axes(tree: PyTree) -> tuple[AbstractMesh | None, Axes]:
     """Return the mesh and the Explicit axes that a leaf of ``tree`` is sharded over."""
     found: dict[str, AbstractMesh] = {}
     for leaf in jax.tree.leaves(tree):
-        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        for axis in jax.tree.leaves(tuple(spec)):
-            if kinds[axis] == AxisType.Explicit:
-                found[axis] = mesh
+        sharding = jax.typeof(leaf).sharding
+        for axis in jax.tree.leaves(tuple(sharding.spec)):
+            if axis in sharding.mesh.explicit_axes:
+                found[axis] = sharding.mesh
     return next(iter(found.values()), None), tuple(found)
 
 
@@ -80,14 +79,13 @@ def reduce_over_mesh(fn: Callable[[PyTree, Axes], T], tree: PyTree, axes: Axes) 
     if not explicit:
         return fn(tree, axes)
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
-    spread: Callable[[PyTree], T] = jax.shard_map(
+    return jax.shard_map(
         lambda tree: fn(tree, (*axes, *explicit)),
         mesh=mesh,
         in_specs=(specs,),
         out_specs=PartitionSpec(),
         axis_names=set(explicit),
-    )
-    return spread(tree)
+    )(tree)
 
 
 def is_whole(leaf: jax.Array) -> bool:
@@ -112,8 +110,7 @@ def varying(leaf: PyTree) -> frozenset[str]:
 def varying_axes(tree: PyTree, axes: Axes) -> Axes:
     """Return those of the manual ``axes`` over which a leaf of ``tree`` is sharded.
 
-    Where types say nothing (``pmap``, ``shard_map`` with ``check_vma=False``), all of
-    them.
+    Where types do not tell, all of them.
     """
     if not axes:
         return ()
@@ -184,21 +181,18 @@ def cond_on_mesh(
     That refuses branches of which one is replicated where the other is sharded, which
     under ``shard_map`` are different types. Here the result counts as sharded then.
     """
-    chosen: T
     if not manual_axes():
-        chosen = jax.lax.cond(pred, on_true, on_false)
-        return chosen
+        return jax.lax.cond(pred, on_true, on_false)
     over = jax.tree.map(
         lambda *leaves: _varying_together(leaves),
         jax.eval_shape(on_true),
         jax.eval_shape(on_false),
     )
-    chosen = jax.lax.cond(
+    return jax.lax.cond(
         pred,
         lambda: jax.tree.map(vary_over, on_true(), over),
         lambda: jax.tree.map(vary_over, on_false(), over),
     )
-    return chosen
 
 
 # Placement
@@ -211,7 +205,7 @@ def shard_state(state: T, params: PyTree) -> T:
     the shapes are equal; it gets the parameter's sharding. The rest is replicated on
     the parameters' mesh.
     """
-    mirrored = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    mirrored = dict(jax.tree.leaves_with_path(params))
     home = _home(mirrored.values())
 
     def place(path: Path, leaf: PyTree) -> PyTree:
@@ -225,7 +219,7 @@ def shard_state(state: T, params: PyTree) -> T:
             return _put(leaf, parameter.sharding)
         return _put(leaf, _everywhere(home, leaf))
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree.map_with_path(place, state)
 
 
 def put_like(new: jax.Array, old: PyTree) -> jax.Array:
@@ -316,9 +310,8 @@ def kept_shardings(state: PyTree, params: PyTree) -> tuple[Sharding, ...] | None
 def shard_like(tree: PyTree, like: PyTree, shardings: PyTree = None) -> PyTree:
     """Return the traced ``tree`` with each leaf in the sharding of its like.
 
-    With Explicit axes the type of the like tells. With Auto axes nothing does while
-    tracing, so a caller who knows gives ``shardings``, a tree like ``tree``; without
-    them XLA chooses.
+    With Explicit axes its type tells; with Auto axes ``shardings`` do, a tree like
+    ``tree``, or XLA chooses.
     """
     if shardings is not None:
         return jax.lax.with_sharding_constraint(tree, shardings)

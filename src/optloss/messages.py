@@ -177,9 +177,7 @@ def is_array(value: object) -> TypeGuard[jax.Array]:
 
 def is_real(dtype: DTypeLike) -> bool:
     """Tell whether ``dtype`` is that of integers or real floating numbers."""
-    return bool(
-        jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-    )
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -270,21 +268,20 @@ def check_int(
     value: object,
     least: int,
     requirement: str,
-    most: int | None = None,
+    most: float = math.inf,
 ) -> int:
     """Return ``value`` as an int, unless it is none of at least ``least``."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         number = int(value)
-        if number >= least and (most is None or number <= most):
+        if least <= number <= most:
             return number
     raise argument_error(call, argument, value, f"must be {requirement}")
 
 
-def check_bool(call: str, argument: str, value: object) -> bool:
-    """Return ``value`` unless it is neither ``True`` nor ``False``."""
+def check_bool(call: str, argument: str, value: object) -> None:
+    """Refuse ``value`` unless it is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise argument_error(call, argument, value, "must be True or False.")
-    return value
 
 
 def check_choice(

@@ -45,16 +45,13 @@ def leaf_names(tree: PyTree) -> list[str]:
     >>> leaf_names({"dense": {"kernel": 0.0, "bias": 0.0}, "scales": [1.0, 2.0]})
     ['dense/bias', 'dense/kernel', 'scales/0', 'scales/1']
     """
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_nnx_variable)
     names = []
-    for path, node in nodes:
+    for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_nnx_variable):
         # An nnx Variable adds a key of its own, which `init` sees and `update` may not.
-        below = jax.tree_util.tree_flatten_with_path(node)[0]
         cut = 1 if _is_nnx_variable(node) else 0
-        paths = [(*path, *rest[cut:]) for rest, _ in below]
-        names += [
-            jax.tree_util.keystr(path, simple=True, separator="/") for path in paths
-        ]
+        for rest, _ in jax.tree.leaves_with_path(node):
+            whole = (*path, *rest[cut:])
+            names.append(jax.tree_util.keystr(whole, simple=True, separator="/"))
     return names
 
 
@@ -77,7 +74,7 @@ def check_names(call: str, params: PyTree) -> None:
     for i, name in enumerate(leaf_names(params)):
         earlier = first.setdefault(name, i)
         if earlier < i:
-            paths, _ = jax.tree_util.tree_flatten_with_path(params)
+            paths = jax.tree.leaves_with_path(params)
             one, other = (jax.tree_util.keystr(paths[at][0]) for at in (earlier, i))
             raise refusal(
                 call,
@@ -128,33 +125,27 @@ def _regex_of_segment(segment: str) -> str:
     return "".join(wild.get(piece[:2]) or re.escape(piece) for piece in pieces)
 
 
-def first_match(
-    call: str, patterns: Sequence[Pattern], names: Sequence[str], *, check: bool = True
-) -> list[int | None]:
-    """Return, for each name, the index of the first of ``patterns`` that matches it.
-
-    With ``check``, a pattern that matches no name, or only names that earlier patterns
-    took, is refused in the words of ``call``.
-    """
+def first_match(patterns: Sequence[Pattern], names: Sequence[str]) -> list[int | None]:
+    """Return, for each name, the index of the first of ``patterns`` that matches it."""
     matchers = [matcher(pattern) for pattern in patterns]
-    assigned: list[int | None] = []
-    for name in names:
-        hits = (i for i, matches in enumerate(matchers) if matches(name))
-        assigned.append(next(hits, None))
-    if check:
-        unused = sorted(set(range(len(patterns))) - set(assigned))
-        if unused:
-            raise _unused_pattern(call, patterns[unused[0]], matchers[unused[0]], names)
-    return assigned
+    return [
+        next((i for i, matches in enumerate(matchers) if matches(name)), None)
+        for name in names
+    ]
 
 
-def _unused_pattern(
-    call: str, pattern: Pattern, matches: Callable[[str], bool], names: Sequence[str]
-) -> ValueError:
+def check_patterns(
+    call: str, patterns: Sequence[Pattern], names: Sequence[str]
+) -> None:
+    """Refuse a pattern that matches no name, or only names that earlier ones took."""
+    unused = sorted(set(range(len(patterns))) - set(first_match(patterns, names)))
+    if not unused:
+        return
+    pattern = patterns[unused[0]]
     text = text_of(pattern)
-    shown, taken = quoted(text), [name for name in names if matches(name)]
+    shown, taken = quoted(text), list(filter(matcher(pattern), names))
     if taken:
-        return refusal(
+        raise refusal(
             call,
             f"the pattern {shown} is left nothing by the patterns before it, which "
             f"already match {listing(taken)}. Put the narrower pattern first.",
@@ -167,35 +158,31 @@ def _unused_pattern(
         advice = f"Nearest: {listing(close)}."
     else:
         advice = f"The parameters are {listing(names)}." if names else "There are none."
-    return refusal(call, f"the pattern {shown} matches no parameter{ending}. {advice}")
+    raise refusal(call, f"the pattern {shown} matches no parameter{ending}. {advice}")
 
 
-def check_variables(call: str, variables: Variables) -> Variables:
-    """Return ``variables`` unless it is empty or nothing that can select parameters."""
+def check_variables(call: str, variables: Variables) -> None:
+    """Refuse ``variables`` if it is empty or nothing that can select parameters."""
     if variables is None or is_pattern(variables) or is_mask(variables):
-        return variables
+        return
     if callable(variables):
         wanted = "a predicate (name, leaf) -> bool"
         check_callable(call, "variables", variables, 2, wanted)
-        return variables
-    if not is_pattern_list(variables):
+    elif not is_pattern_list(variables):
         problem = (
             "must be names or patterns, a predicate (name, leaf) -> bool, or a tree of "
             "bools like the parameters."
         )
+        raise argument_error(call, "variables", variables, problem)
     elif not variables:
         problem = "selects nothing to train. None trains every floating parameter."
-    else:
-        return variables
-    raise argument_error(call, "variables", variables, problem)
+        raise argument_error(call, "variables", variables, problem)
 
 
 def select(call: str, variables: Variables, params: PyTree) -> list[bool]:
     """Return, for each leaf of ``params``, whether ``variables`` has it trained.
 
-    ``variables`` is a pattern, a list of patterns, a predicate ``(name, leaf) ->
-    bool``, a tree of bools, or ``None`` for every inexact leaf. Leaves that are not
-    inexact are never selected.
+    Only inexact leaves can be; ``None`` selects all of them.
     """
     check_variables(call, variables)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
@@ -249,10 +236,8 @@ def _choose(
         return [bool(variables(*pair)) for pair in zip(names, leaves, strict=True)]
     patterns = as_patterns(call, "variables", variables)
     for pattern in patterns:
-        first_match(f"{call}, variables", [pattern], names)
-    return [
-        index is not None for index in first_match(call, patterns, names, check=False)
-    ]
+        check_patterns(f"{call}, variables", [pattern], names)
+    return [index is not None for index in first_match(patterns, names)]
 
 
 def as_patterns(call: str, argument: str, value: object) -> list[Pattern]:

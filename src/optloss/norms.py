@@ -78,8 +78,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName = None) -> jax.Array:
     leaves = [leaf for leaf in inexact_leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros((), dtype)
-    norms: Leaves = _norms(leaves, axes_of(axis_name), dtype, False)
-    return norms[0]
+    return _norms(leaves, axes_of(axis_name), dtype, False)[0]
 
 
 def leaf_norms(tree: PyTree, *, axis_name: AxisName = None) -> list[jax.Array]:
@@ -216,10 +215,7 @@ def _squares(parts: Leaves, scale: float) -> jax.Array:
 def _sum_at_once(values: Leaves) -> Leaves:
     zeros = [jnp.zeros((), value.dtype) for value in values]
     return jax.lax.reduce(
-        values,
-        zeros,
-        lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
-        range(values[0].ndim),
+        values, zeros, lambda a, b: [*map(jnp.add, a, b)], range(values[0].ndim)
     )
 
 

@@ -32,7 +32,7 @@ from optloss.messages import (
 )
 from optloss.names import is_pattern, text_of
 from optloss.optimizers.registry import get_factory, title
-from optloss.stages import Stage
+from optloss.stages import NOTHING, Stage
 from optloss.transforms.learning_rate import check_transformation, inject_learning_rate
 from optloss.trees import is_transformation
 from optloss.typing import DecayFn, LearningRate, OneOptimizer
@@ -42,7 +42,6 @@ Given = Mapping[str, Any]
 NUMBER = (
     "a finite real number >= 0, a 0-d array or a schedule (a function of the step)."
 )
-PROBE = {"kernel": (2, 3), "bias": (3,)}
 
 
 def _items(argument: str, given: Any) -> list[tuple[str, Any]]:
@@ -147,13 +146,13 @@ def optimizer_stage(call: str, given: Given) -> Stage:
 def _grouped_stage(call: str, given: Given, makers: list[Maker]) -> Stage:
     rates, decay_fn = given["learning_rate"], given["learning_rate_decay_fn"]
     table = Table.of(given["optimizer"])._replace(values=tuple(makers))
-    groups = Groups(call, table, Table.of(rates), decay_fn)
+    groups = Groups(call, table, Table.of(rates), decay_fn, given["pack_small_leaves"])
     what = makers[0].text
     if table.patterns is not None:
         pairs = zip(table.keys, makers, strict=True)
         what = "{" + ", ".join(f"{key!r}: {maker.text}" for key, maker in pairs) + "}"
     text = f"{what} at {_rate_text(rates, decay_fn)}"
-    return Stage(text, groups.transform(), groups=groups)
+    return NOTHING._replace(text=text, groups=groups)
 
 
 def _rate_text(rates: LearningRate, decay_fn: DecayFn | None) -> str:
@@ -233,7 +232,7 @@ def _probe_factory(call: str, factory: Factory) -> None:
 
     jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.float32))
     if names[0] == "optax.inject_hyperparams":
-        params = {name: jnp.zeros(shape) for name, shape in PROBE.items()}
+        params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
         if keeps_first_rate(factory, params):
             raise refusal(call, INJECTED)
 

@@ -22,7 +22,7 @@ class Stage(NamedTuple):
     transform: optax.GradientTransformationExtraArgs
     scope: str = "identity"  # under which a profile shows it
     rules: Multipliers = types.MappingProxyType({})  # of multipliers
-    groups: Groups | None = None  # of several optimizers or rates
+    groups: Groups | None = None  # of several optimizers or rates: they transform
 
 
 NOTHING = Stage("", optax.with_extra_args_support(optax.identity()))
@@ -57,10 +57,7 @@ def run(
 ) -> tuple[PyTree, PyTree]:
     """Return the updates and the state after ``stage``."""
     with jax.named_scope(stage.scope):
-        made: tuple[PyTree, PyTree] = stage.transform.update(
-            updates, state, params, **extra
-        )
-    return made
+        return stage.transform.update(updates, state, params, **extra)
 
 
 def in_turn(clip: Stage, optimizer: Stage) -> optax.GradientTransformationExtraArgs:

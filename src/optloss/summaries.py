@@ -230,5 +230,4 @@ def _histograms(
         return empty_like(jax.eval_shape(counted))
 
     due = True if step is None else step % asked.histogram_every == 0
-    found: Stacked = jax.lax.cond(due, counted, nothing)
-    return found.summaries()
+    return jax.lax.cond(due, counted, nothing).summaries()

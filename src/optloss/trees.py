@@ -71,8 +71,8 @@ def inexact_leaves(tree: PyTree) -> list[jax.Array]:
 
 def children(node: PyTree) -> dict[str, PyTree]:
     """Return the children of ``node`` by their names in it."""
-    pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
-    return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs[0]}
+    pairs = jax.tree.leaves_with_path(node, is_leaf=lambda n: n is not node)
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in pairs}
 
 
 def own_copy(leaf: ArrayLike | np.generic) -> jax.Array:

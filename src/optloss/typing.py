@@ -32,11 +32,9 @@ class ByPattern(Protocol[T_co]):
 
     def values(self) -> Collection[T_co]:
         """The values, in order."""
-        ...
 
     def items(self) -> Collection[tuple[Pattern, T_co]]:
         """The patterns with their values, in order."""
-        ...
 
 
 Params: TypeAlias = PyTree
@@ -57,12 +55,10 @@ class Transformation(Protocol):
     @property
     def init(self) -> Callable[..., PyTree]:
         """``init(params) -> state``."""
-        ...
 
     @property
     def update(self) -> Callable[..., tuple[PyTree, PyTree]]:
         """``update(updates, state, params) -> (updates, state)``."""
-        ...
 
 
 OneRate: TypeAlias = Scalar | Schedule | None
@@ -147,4 +143,3 @@ class ValueAndGrad(Protocol):
         self, objective: Objective, /, *, has_aux: Literal[True]
     ) -> Differentiate:
         """Return a function that returns the objective's results and its gradient."""
-        ...

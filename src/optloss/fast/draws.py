@@ -23,7 +23,6 @@ CPU compiler shape what runs there:
   tenth of the time that it takes with ``optax.add_noise``.
 """
 
-import functools
 import hashlib
 import itertools
 import math
@@ -113,7 +112,7 @@ def add_normals(
 
 
 # Outside of jit the branches would be compiled at every call.
-@functools.partial(jax.jit, static_argnames=("sampler", "names", "owners"))
+@jax.jit(static_argnames=("sampler", "names", "owners"))
 def _add(
     leaves: Leaves,
     std: jax.Array,
@@ -248,7 +247,7 @@ def _draw(sampler: Sampler, key: jax.Array, leaf: jax.Array) -> jax.Array:
             return _draw_by_jax(sampler, key, leaf, dtype, part)
         high, low = counters(leaf)
         count = high | jnp.uint32(part * SIGN), low
-        return _normals((key[0], key[1]), count, dtype, sampler.distribution)
+        return normals((key[0], key[1]), count, dtype, sampler.distribution)
 
     return _both_parts(draw, accumulator_dtype(leaf.dtype))
 
@@ -263,10 +262,6 @@ def _both_parts(
     return lax.complex(draw(0, real), draw(1, real)) * math.sqrt(0.5)
 
 
-# Leaves of one shape are traced once.
-_normals: Callable[..., jax.Array] = jax.jit(normals, static_argnums=(2, 3))
-
-
 def _draw_rows(
     sampler: Sampler, keys: jax.Array, counts: list[int], dtype: DTypeLike
 ) -> jax.Array:
@@ -279,7 +274,7 @@ def _draw_rows(
 
     def draw(part: int, dtype: DTypeLike) -> jax.Array:
         count = jnp.uint32(part * SIGN), low
-        return _normals(words, count, dtype, sampler.distribution)
+        return normals(words, count, dtype, sampler.distribution)
 
     return _both_parts(draw, dtype)
 

@@ -23,8 +23,6 @@ FLOATS, INTEGERS = (0, 1, 3, 4), (2, 5)
 LIMITS, COUNTS = 6, 7
 COLUMNS = {place: column for column, place in enumerate((*FLOATS, *INTEGERS))}
 
-Rows = tuple[tuple[str, ...], ...]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +31,8 @@ class Stacked:
 
     others: dict[str, PyTree]
     stacks: list[jax.Array]
-    rows: Rows = dataclasses.field(metadata={"static": True})  # the tags of each stack
+    # The tags of each stack.
+    rows: tuple[tuple[str, ...], ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, summaries: dict[str, PyTree]) -> "Stacked":

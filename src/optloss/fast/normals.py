@@ -71,6 +71,7 @@ NUMERATOR = (1.99999952, 19.932373, 42.9288025, 15.5938816)
 DENOMINATOR = (1.0, 11.6756296, 32.9692192, 20.470623, 1.1384635)
 
 
+@jax.jit(static_argnums=(2, 3))  # leaves of one shape are traced once
 def normals(key: Words, count: Words, dtype: DTypeLike, distribution: str) -> jax.Array:
     """Return the draws, float32 or float64, of the counters ``count`` under ``key``.
 

@@ -21,7 +21,6 @@ class Group(NamedTuple):
 
     key: str
     members: list[bool]  # which of the trained leaves it moves
-    stays: bool  # unpacked
 
 
 def pack_groups(
@@ -33,17 +32,17 @@ def pack_groups(
         return None
     parts = [select_leaves(trained, group.members) for group in groups]
     layouts = [layout_of(part, size) for part in parts]
-    turn = iter(zip(groups, parts, layouts, strict=True))
+    turn = iter(zip(parts, layouts, strict=True))
 
     def packed(key: str, state: PyTree) -> PyTree:
-        group, part, layout = next(turn)
-        return state if group.stays else pack_moments(state, part, layout)
+        part, layout = next(turn)
+        return state if key in unpacked else pack_moments(state, part, layout)
 
     optimizer = _map_groups(packed, optimizer, unpacked)
     in_order = sorted(
         (group.members.index(True), i)
         for i, group in enumerate(groups)
-        if not group.stays and any(group.members)
+        if group.key not in unpacked and any(group.members)
     )
     vectors = [layouts[i].items() for _, i in in_order]
     return optimizer, {key: slots for some in vectors for key, slots in some}
@@ -77,7 +76,7 @@ def _groups_of(
     found: list[Group] = []
 
     def look(key: str, state: PyTree) -> PyTree:
-        found.append(Group(key, _members(state, trained), key in unpacked))
+        found.append(Group(key, _members(state, trained)))
         return state
 
     _map_groups(look, optimizer, unpacked)
@@ -87,7 +86,7 @@ def _groups_of(
         problem = f"the state has no group {listing(strangers)} but {known}."
         raise argument_error("pack_state", "size", size, problem)
     silent = [i for i, group in enumerate(found) if not any(group.members)]
-    if len(silent) > 1 and not all(found[i].stays for i in silent):
+    if len(silent) > 1 and not {keys[i] for i in silent} <= set(unpacked):
         raise argument_error(
             "pack_state",
             "size",

@@ -147,13 +147,10 @@ def pack_state(
         _check_mirrored(node.optimizer, trained, size)
         return pack_moments(node, trained, layout)._replace(packed=table_of(layout))
 
-    of_op = hasattr(state, "opt_state")
-    chain = state.opt_state if of_op else state
-    if not any(map(_is_special, jax.tree.leaves(chain, is_leaf=_is_special))):
+    if not any(map(_is_special, jax.tree.leaves(state, is_leaf=_is_special))):
         problem = "must be a TrainOpState, or hold the state of a make_optimizer."
         raise argument_error("pack_state", "state", state, problem)
-    chain = jax.tree.map(packed, chain, is_leaf=_is_special)
-    return state._replace(opt_state=chain) if of_op else chain
+    return jax.tree.map(packed, state, is_leaf=_is_special)
 
 
 def part_of(

@@ -87,8 +87,7 @@ def pack_small_leaves(
         for argument in ("grad", "value_fn"):  # what needs them is never packed
             extra.pop(argument, None)
         beside = None if params is None else pack(params, layout)
-        given = updates if isinstance(updates, PackedTree) else pack(updates, layout)
-        packed, state = inner.update(given, state, beside, **extra)
+        packed, state = inner.update(pack(updates, layout), state, beside, **extra)
         return unpack(packed, template, layout), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -111,10 +110,7 @@ def _key(dtype: str, slots: list[Slot]) -> str:
 
 
 def table_of(layout: Layout) -> jax.Array:
-    """Return names and shapes of the packed leaves, as an array: uint8 [bytes].
-
-    Every saver keeps an array.
-    """
+    """Return names and shapes of the packed leaves, as an array: uint8 [bytes]."""
     rows = {
         key: [(slot.name, slot.shape) for slot in slots]
         for key, slots in layout.items()
@@ -136,10 +132,9 @@ def read_table(table: ArrayLike) -> Layout:
 def pack(tree: PyTree, layout: Layout) -> PyTree:
     """Return ``tree`` packed; its leaves may have other dtypes than the layout's.
 
-    What holds nothing to pack is returned as it is, optax's placeholders for parameters
-    among it.
+    What is packed already, or holds nothing to pack, is returned as it is.
     """
-    if not layout:
+    if not layout or isinstance(tree, PackedTree):
         return tree
     leaves = jax.tree.leaves(tree)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):

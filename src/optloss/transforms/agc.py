@@ -11,7 +11,13 @@ import optax
 
 from optloss.mesh import Axes, axes_of, varying_axes
 from optloss.messages import check_axis_name, check_bound, check_positive, refusal
-from optloss.names import as_patterns, first_match, inexact_names, leaf_names
+from optloss.names import (
+    as_patterns,
+    check_patterns,
+    first_match,
+    inexact_names,
+    leaf_names,
+)
 from optloss.norms import global_norm, shrink_factor
 from optloss.summaries import clip_measurements
 from optloss.trees import (
@@ -137,7 +143,7 @@ def agc(
         # A pattern may match frozen parameters alone.
         names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_masked))
         for pattern in patterns:
-            first_match("agc, exclude", [pattern], names)
+            check_patterns("agc, exclude", [pattern], names)
         dtype = norm_dtype(params)
         return AGCState(
             step=jnp.zeros((), jnp.int32),
@@ -169,7 +175,7 @@ def agc(
             )
         pairs = with_variables(updates, params)
         axes, dtype = axes_of(axis_name), state.norm.dtype
-        rules = first_match("agc", patterns, inexact_names(updates), check=False)
+        rules = first_match(patterns, inexact_names(updates))
         leaves = [leaf for leaf, _ in pairs]
         units = [_unit_norms(leaf, axes) for leaf in leaves]
         norm = global_norm(units) if gradient_norm is None else gradient_norm

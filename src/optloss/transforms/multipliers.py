@@ -20,7 +20,7 @@ from optloss.messages import (
     is_number,
     quoted,
 )
-from optloss.names import first_match, is_pattern, leaf_names
+from optloss.names import check_patterns, first_match, is_pattern, leaf_names
 from optloss.trees import increment, is_inexact, scale_leaves
 from optloss.typing import Multipliers, PyTree, Scalar
 
@@ -85,11 +85,12 @@ def multiply_gradients(
 
     @functools.lru_cache(maxsize=4)
     def resolve(names: tuple[str, ...]) -> list[int | None]:
-        return first_match("multiply_gradients", patterns, names, check=False)
+        return first_match(patterns, names)
 
     def init(params: optax.Params) -> MultiplierState | optax.EmptyState:
         names = leaf_names(params)
-        first_match("multiply_gradients", patterns, names, check=bool(names))
+        if names:  # else it is a placeholder for parameters
+            check_patterns("multiply_gradients", patterns, names)
         return start_multiplying(multipliers)
 
     def update(
