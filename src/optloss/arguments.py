@@ -351,10 +351,10 @@ def _clip_stage(given: Given) -> Stage:
         return NOTHING
     if is_transformation(clip):
         return Stage(name_of(clip), by_signature(clip))
-    if callable(clip):
-        return Stage(f"clip_by_function({short_repr(clip)})", clip_by_function(clip))
-    transform = clip_by_global_norm(clip, axis_name=shard_axes(given))
-    return Stage(f"clip_by_global_norm({short_repr(clip)})", transform)
+    if is_real_scalar(clip):
+        transform = clip_by_global_norm(clip, axis_name=shard_axes(given))
+        return Stage(f"clip_by_global_norm({short_repr(clip)})", transform)
+    return Stage(f"clip_by_function({short_repr(clip)})", clip_by_function(clip))
 
 
 def _flag(name: str) -> Callable[[str, Given], None]:

@@ -32,9 +32,11 @@ class ByPattern(Protocol[T_co]):
 
     def values(self) -> Collection[T_co]:
         """The values, in order."""
+        ...
 
     def items(self) -> Collection[tuple[Pattern, T_co]]:
         """The patterns with their values, in order."""
+        ...
 
 
 Params: TypeAlias = PyTree
@@ -55,10 +57,12 @@ class Transformation(Protocol):
     @property
     def init(self) -> Callable[..., PyTree]:
         """``init(params) -> state``."""
+        ...
 
     @property
     def update(self) -> Callable[..., tuple[PyTree, PyTree]]:
         """``update(updates, state, params) -> (updates, state)``."""
+        ...
 
 
 OneRate: TypeAlias = Scalar | Schedule | None
@@ -143,3 +147,4 @@ class ValueAndGrad(Protocol):
         self, objective: Objective, /, *, has_aux: Literal[True]
     ) -> Differentiate:
         """Return a function that returns the objective's results and its gradient."""
+        ...
