@@ -1,6 +1,7 @@
 """A module imports only from floors below its own."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def violations(path: Path, source: str) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_a_module_imports_only_from_below(path):
     assert violations(path, (SOURCE / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_the_room_for_speed_asks_what_is_packed(path):
+    asks = re.search(r"isinstance\([^)]*Packed", (SOURCE / path).read_text())
+    assert path.parts[0] == "fast" or asks is None
 
 
 def test_there_are_modules():

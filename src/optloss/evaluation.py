@@ -9,8 +9,8 @@ r"""The parameters to evaluate with, where the optimizer has others than it trai
 import jax
 from optax.contrib import ScheduleFreeState
 
-from optloss.fast.packed_states import part_of
-from optloss.fast.packing import Layout, PackedTree, unpack
+from optloss.fast.packed_states import unpack_moments
+from optloss.fast.packing import Layout
 from optloss.trees import is_inexact, is_masked, to_float32
 from optloss.typing import PyTree
 
@@ -24,9 +24,7 @@ def evaluation_params(
     """
     for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free):
         if _is_schedule_free(node):
-            z = node.z
-            if isinstance(z, PackedTree):
-                z = unpack(z, *part_of(z, trained, layout, pack_size))
+            z = unpack_moments(node.z, trained, layout, pack_size)
             trained = _average(trained, z, node.b1)
     return trained
 

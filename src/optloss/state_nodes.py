@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import optax
 
-from optloss.fast.packing import Layout, PackedTree, read_table
+from optloss.fast.packing import Layout, is_packed, read_table
 from optloss.mesh import is_traced
 from optloss.names import leaf_names
-from optloss.trees import children
+from optloss.trees import children, is_masked
 from optloss.typing import PyTree
 
 Kind = type | frozenset[str] | str
@@ -61,7 +61,7 @@ def _is_named_tuple(node: object) -> bool:
     return (
         isinstance(node, tuple)
         and hasattr(node, "_fields")
-        and not isinstance(node, (PackedTree, optax.MaskedNode))
+        and not (is_packed(node) or is_masked(node))
     )
 
 
@@ -93,7 +93,7 @@ class Reader(NamedTuple):
         """Tell whether a node is anywhere in ``tree``."""
         if self.fields(tree) is not None:
             return True
-        if jax.tree_util.all_leaves([tree]) or _is_packed(tree):
+        if jax.tree_util.all_leaves([tree]) or is_packed(tree):
             return False
         return any(map(self.holds_nodes, children(tree).values()))
 
@@ -155,10 +155,10 @@ class Reader(NamedTuple):
     ) -> dict[tuple[str, str], Place]:
         """Return where the arrays of a field are, packed ones each by itself."""
         found = {}
-        nodes, structure = jax.tree.flatten(value, is_leaf=_is_packed)
+        nodes, structure = jax.tree.flatten(value, is_leaf=is_packed)
         names = leaf_names(jax.tree.unflatten(structure, range(len(nodes))))
         for name, node in zip(names, nodes, strict=True):
-            if not _is_packed(node):
+            if not is_packed(node):
                 found[field, name] = Place(node, np.shape(self.leaves[node]))
                 continue
             for inner, place in self.unpacked(node, table):
@@ -185,11 +185,6 @@ class Reader(NamedTuple):
                 start += slot.size
         for name, index in zip(leaf_names(large), jax.tree.leaves(large), strict=True):
             yield name, Place(index, np.shape(self.leaves[index]))
-
-
-def _is_packed(node: object) -> bool:
-    raw = isinstance(node, Mapping) and set(node) == set(PackedTree._fields)
-    return raw or isinstance(node, PackedTree)
 
 
 def _is_tuple(node: Mapping[str, PyTree]) -> bool:

@@ -79,7 +79,7 @@ def unpack_state(
             return node
         part, its = trained, layout
         if tables:
-            part, its = part_of(node, trained, tables[0], size)
+            part, its = _part_of(node, trained, tables[0], size)
         wanted = jax.eval_shape(lambda tree: pack(tree, its), part)
         if _named(node) != _named(wanted):
             raise _packed_otherwise(size, its)
@@ -153,7 +153,16 @@ def pack_state(
     return jax.tree.map(packed, state, is_leaf=_is_special)
 
 
-def part_of(
+def unpack_moments(
+    moments: PyTree, trained: PyTree, table: Layout, size: int
+) -> PyTree:
+    """Return ``moments`` of ``trained``, or of a group of them, unpacked if need be."""
+    if not isinstance(moments, PackedTree):
+        return moments
+    return unpack(moments, *_part_of(moments, trained, table, size))
+
+
+def _part_of(
     packed: PackedTree, trained: PyTree, table: Layout, size: int
 ) -> tuple[PyTree, Layout]:
     """Return the part of ``trained`` that ``packed`` mirrors, and its layout.

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -46,6 +46,12 @@ class PackedTree(NamedTuple):
 
     vectors: dict[str, jax.Array]  # [elements] by dtype and names of the leaves
     large: PyTree  # the tree, with optax.MaskedNode() in place of the small leaves
+
+
+def is_packed(node: object) -> bool:
+    """Tell whether ``node`` is a packed tree, or the dict that a saver made of one."""
+    raw = isinstance(node, Mapping) and set(node) == set(PackedTree._fields)
+    return raw or isinstance(node, PackedTree)
 
 
 class Slot(NamedTuple):
